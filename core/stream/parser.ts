@@ -1,0 +1,56 @@
+import { CdpError } from '../errors/index.ts'
+import { MAX_FRAME_MESSAGE_BYTES, MAX_OTHER_MESSAGE_BYTES, MESSAGE_HEADER_BYTES, MessageType } from './messages.ts'
+
+const KNOWN = new Set<number>(Object.values(MessageType))
+
+/**
+ * Cuts a byte stream into messages (docs/format.md, Stream). No I/O: `push` calls `onMessage` for each complete message.
+ * Each body is its own buffer, copied once out of the chunks, and belongs to the receiver.
+ * @throws from push: CdpError STREAM_PROTOCOL for an unknown type or a message above its cap; the parser is unusable afterwards
+ */
+export class MessageParser {
+  readonly #onMessage: (type: MessageType, body: Buffer) => void
+  readonly #header = Buffer.alloc(MESSAGE_HEADER_BYTES)
+  #headerBytes = 0
+  #body: Buffer | undefined
+  #bodyBytes = 0
+
+  constructor(onMessage: (type: MessageType, body: Buffer) => void) {
+    this.#onMessage = onMessage
+  }
+
+  push(chunk: Buffer): void {
+    let at = 0
+    while (at < chunk.length) {
+      if (this.#body === undefined) {
+        const take = Math.min(MESSAGE_HEADER_BYTES - this.#headerBytes, chunk.length - at)
+        chunk.copy(this.#header, this.#headerBytes, at, at + take)
+        this.#headerBytes += take
+        at += take
+        if (this.#headerBytes < MESSAGE_HEADER_BYTES) return
+        this.#body = Buffer.allocUnsafeSlow(this.#checkedLength())
+        this.#bodyBytes = 0
+      }
+      const body = this.#body
+      const take = Math.min(body.length - this.#bodyBytes, chunk.length - at)
+      chunk.copy(body, this.#bodyBytes, at, at + take)
+      this.#bodyBytes += take
+      at += take
+      if (this.#bodyBytes === body.length) {
+        this.#body = undefined
+        this.#headerBytes = 0
+        this.#onMessage(this.#header[4] as MessageType, body)
+      }
+    }
+  }
+
+  #checkedLength(): number {
+    const lengthBytes = this.#header.readUInt32LE(0)
+    const type = this.#header[4]
+    if (!KNOWN.has(type)) throw new CdpError('STREAM_PROTOCOL', `message of unknown type ${type}`)
+    if (lengthBytes > (type === MessageType.frame ? MAX_FRAME_MESSAGE_BYTES : MAX_OTHER_MESSAGE_BYTES)) {
+      throw new CdpError('STREAM_PROTOCOL', 'message is too large', { context: { type, bytes: lengthBytes } })
+    }
+    return lengthBytes
+  }
+}
