@@ -1,0 +1,93 @@
+import { asList, asObject, booleanField, countField, listField, objectField, optionalField, stringField } from '../../core/qmp/index.ts'
+import type { JsonObject, Qmp } from '../../core/qmp/index.ts'
+
+export type BlockBitmap = { name: string; node: string; recording: boolean; busy: boolean; granularityBytes: number; dirtyBytes: number }
+export type BlockNode = { name: string; driver: string; bitmaps: readonly BlockBitmap[] }
+export type BlockJob = { id: string; status: string; ready: boolean; paused: boolean }
+export type BlockExport = { id: string; node: string; shuttingDown: boolean }
+
+/** A guest device with a medium in it, as query-block tells it. */
+export type BlockDevice = {
+  /** 'scsi0', '/machine/peripheral/virtio0/virtio-backend'; '' when no device holds the drive. */
+  qdev: string
+  /** Proxmox's -drive id ('drive-scsi0'), '' with -blockdev. */
+  backend: string
+  rootNode: string
+  sizeBytes: number
+  readOnly: boolean
+  removable: boolean
+}
+
+/** What is in a QEMU's block layer, read by four queries. */
+export type BlockState = {
+  devices: readonly BlockDevice[]
+  nodes: readonly BlockNode[]
+  jobs: readonly BlockJob[]
+  exports: readonly BlockExport[]
+}
+
+const readBitmap = (node: string) => (value: unknown): BlockBitmap => {
+  const bitmap = asObject(value, 'a dirty bitmap')
+  return {
+    name: optionalField(bitmap, 'name', stringField) ?? '', node, recording: booleanField(bitmap, 'recording'), busy: booleanField(bitmap, 'busy'),
+    granularityBytes: countField(bitmap, 'granularity'), dirtyBytes: countField(bitmap, 'count'),
+  }
+}
+
+const readNode = (value: unknown): BlockNode => {
+  const node = asObject(value, 'a block node')
+  const name = stringField(node, 'node-name')
+  return { name, driver: stringField(node, 'drv'), bitmaps: (optionalField(node, 'dirty-bitmaps', listField) ?? []).map(readBitmap(name)) }
+}
+
+/** Answer of query-named-block-nodes. */
+export const readNodes = (answer: unknown): BlockNode[] => asList(answer, 'query-named-block-nodes').map(readNode)
+
+/** Answer of query-block; devices without a medium are left out. */
+export const readDevices = (answer: unknown): BlockDevice[] =>
+  asList(answer, 'query-block').flatMap((value): BlockDevice[] => {
+    const device = asObject(value, 'a block device')
+    const inserted = optionalField(device, 'inserted', objectField)
+    if (!inserted) return []
+    return [{
+      qdev: optionalField(device, 'qdev', stringField) ?? '', backend: stringField(device, 'device'), removable: booleanField(device, 'removable'),
+      rootNode: stringField(inserted, 'node-name'), readOnly: booleanField(inserted, 'ro'), sizeBytes: countField(objectField(inserted, 'image'), 'virtual-size'),
+    }]
+  })
+
+/** Answer of query-block-jobs. */
+export const readJobs = (answer: unknown): BlockJob[] =>
+  asList(answer, 'query-block-jobs').map((value) => {
+    const job = asObject(value, 'a block job')
+    return { id: stringField(job, 'device'), status: stringField(job, 'status'), ready: booleanField(job, 'ready'), paused: booleanField(job, 'paused') }
+  })
+
+/** Answer of query-block-exports. */
+export const readExports = (answer: unknown): BlockExport[] =>
+  asList(answer, 'query-block-exports').map((value) => {
+    const entry = asObject(value, 'a block export')
+    return { id: stringField(entry, 'id'), node: stringField(entry, 'node-name'), shuttingDown: booleanField(entry, 'shutting-down') }
+  })
+
+const chainOf = (stats: JsonObject): string[] => {
+  const name = optionalField(stats, 'node-name', stringField)
+  const below = optionalField(stats, 'parent', objectField)
+  return [...(name === undefined ? [] : [name]), ...(below ? chainOf(below) : [])]
+}
+
+/** Answer of query-blockstats: per qdev the nodes from the root down to the file (QEMU calls the child "parent" there). */
+export const readChains = (answer: unknown): Map<string, string[]> => {
+  const chains = new Map<string, string[]>()
+  for (const value of asList(answer, 'query-blockstats')) {
+    const stats = asObject(value, 'block statistics')
+    const qdev = optionalField(stats, 'qdev', stringField)
+    if (qdev !== undefined) chains.set(qdev, chainOf(stats))
+  }
+  return chains
+}
+
+export const queryBlockState = async (qmp: Pick<Qmp, 'execute'>): Promise<BlockState> => {
+  const [devices, nodes, jobs, exports] = await Promise.all([
+    qmp.execute('query-block'), qmp.execute('query-named-block-nodes', { flat: true }), qmp.execute('query-block-jobs'), qmp.execute('query-block-exports')])
+  return { devices: readDevices(devices), nodes: readNodes(nodes), jobs: readJobs(jobs), exports: readExports(exports) }
+}

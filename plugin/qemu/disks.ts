@@ -1,0 +1,99 @@
+import { CdpError } from '../../core/errors/index.ts'
+import type { Qmp } from '../../core/qmp/index.ts'
+import { queryBlockState, readChains } from './block-state.ts'
+import type { BlockDevice, BlockState } from './block-state.ts'
+import { isOurs } from './names.ts'
+
+/** '8.4': -drive, the root is the format node. '9.x': -blockdev with a throttle node on top. */
+export type GraphShape = '8.4' | '9.x' | 'unknown'
+
+/** A disk of a running VM, described as it is without us: nodes of ours are skipped. */
+export type QemuDisk = {
+  /** Proxmox's name: 'scsi0', 'virtio1'. */
+  key: string
+  qdev: string
+  /** Object whose `drive` property names the guest's root node. */
+  qomPath: string
+  shape: GraphShape
+  sizeBytes: number
+  /** The guest's root node without us. */
+  rootNode: string
+  formatNode: string
+  throttleNode: string | undefined
+  /** Where our dirty bitmap sits: the node below our job. */
+  bitmapNode: string
+  /** What bulk reads go to: below our job, below the guest's throttle. */
+  readNode: string
+  /** Object id of the disk's iothread. */
+  iothread: string | undefined
+}
+
+const keyPattern = /^(?:scsi|virtio|sata|ide)[0-9]{1,2}$/
+const oldestMajor = 9
+
+/** 'scsi0' of 'scsi0' and of '/machine/peripheral/scsi0/virtio-backend'; undefined for what is no disk of Proxmox's naming. */
+export const keyOfQdev = (qdev: string): string | undefined => {
+  const key = /^\/machine\/peripheral\/([^/]+)/.exec(qdev)?.[1] ?? qdev
+  return keyPattern.test(key) ? key : undefined
+}
+
+/** Pure: the disk behind a device, from its nodes top down. Undefined if it is none that can be protected. */
+export const describeDisk = (device: BlockDevice, chain: readonly string[], state: Pick<BlockState, 'nodes'>): Omit<QemuDisk, 'iothread'> | undefined => {
+  const key = keyOfQdev(device.qdev)
+  if (key === undefined || device.removable || device.readOnly) return undefined
+  const nodes = chain.filter((name) => !isOurs(name)).map((name) => ({ name, driver: state.nodes.find((node) => node.name === name)?.driver ?? '' }))
+  const [root, below] = nodes
+  if (!root) return undefined
+  const throttle = root.driver === 'throttle' ? root : undefined
+  const format = throttle ? below : root
+  if (!format) return undefined
+  const shape = throttle ? (device.backend === '' ? '9.x' : 'unknown') : device.backend === '' ? 'unknown' : '8.4'
+  return {
+    key, qdev: device.qdev, qomPath: device.qdev.startsWith('/') ? device.qdev : `/machine/peripheral/${device.qdev}`, shape, sizeBytes: device.sizeBytes,
+    rootNode: root.name, formatNode: format.name, throttleNode: throttle?.name, bitmapNode: root.name, readNode: format.name,
+  }
+}
+
+/**
+ * The writable disks of a VM, attached or not; CD-ROMs, firmware variables and read-only media are left out.
+ * @throws CdpError QEMU_TOO_OLD below QEMU 9.0; QMP_*.
+ */
+export const discoverDisks = async (qmp: Pick<Qmp, 'execute' | 'version'>): Promise<QemuDisk[]> => {
+  requireVersion(qmp)
+  const [state, stats] = await Promise.all([queryBlockState(qmp), qmp.execute('query-blockstats')])
+  const chains = readChains(stats)
+  const disks: QemuDisk[] = []
+  for (const device of state.devices) {
+    const disk = describeDisk(device, chains.get(device.qdev) ?? [], state)
+    if (disk) disks.push({ ...disk, iothread: await findIoThread(qmp, disk.key) })
+  }
+  return disks.sort((one, other) => (one.key < other.key ? -1 : 1))
+}
+
+/** @throws CdpError QEMU_TOO_OLD */
+export const requireVersion = (qmp: Pick<Qmp, 'version'>): void => {
+  const { major, minor, micro } = qmp.version
+  if (major >= oldestMajor) return
+  throw new CdpError('QEMU_TOO_OLD', `This VM runs QEMU ${major}.${minor}.${micro}; protection needs QEMU ${oldestMajor}.0 or newer`, {
+    hint: 'Update the node, then stop and start the VM (or migrate it), so that it runs on the new QEMU.', context: { major, minor, micro },
+  })
+}
+
+const readLink = async (qmp: Pick<Qmp, 'execute'>, path: string, property: string): Promise<string | undefined> => {
+  try {
+    const value = await qmp.execute('qom-get', { path, property })
+    return typeof value === 'string' && value !== '' ? value : undefined
+  } catch (error) {
+    if (error instanceof CdpError && error.code === 'QMP_COMMAND') return undefined
+    throw error
+  }
+}
+
+// A virtio-blk device has its own iothread; a SCSI disk runs in the one of its controller.
+const findIoThread = async (qmp: Pick<Qmp, 'execute'>, key: string): Promise<string | undefined> => {
+  const ofDisk = await readLink(qmp, `/machine/peripheral/${key}`, 'iothread')
+  const bus = ofDisk === undefined ? await readLink(qmp, `/machine/peripheral/${key}`, 'parent_bus') : undefined
+  const controller = /^\/machine\/peripheral\/[^/]+/.exec(bus ?? '')?.[0]
+  const link = ofDisk ?? (controller === undefined ? undefined : await readLink(qmp, controller, 'iothread'))
+  return link?.split('/').at(-1)
+}

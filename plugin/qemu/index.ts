@@ -1,0 +1,23 @@
+// Everything that is done to the QEMU of a running VM, over one short QMP connection each time.
+// Discovers a VM's disks, attaches capture (dirty bitmap, NBD target, mirror job; on 8.4 the shield on top), takes it away
+// again from whatever state it is in, rotates bitmaps, opens read-only exports for sync, reads the guest's write counters.
+// Who calls it: plugin/capture (attach, detach, repair, poll) and plugin/sync (exports, bitmaps).
+// Steps are data (attach-plan.ts, planRotation) and a thin runner performs them; what to take away is decided from QEMU's own
+// state alone, because names of ours are deterministic and begin with 'cdp-'.
+// It never touches a node, job, export or bitmap whose name does not begin with 'cdp-', never holds a connection, never
+// retries by itself, and leaves nothing behind when an attach fails.
+export { discoverDisks } from './disks.ts'
+export type { GraphShape, QemuDisk } from './disks.ts'
+export { attachCapture } from './attach.ts'
+export type { AttachedDisk, AttachOptions } from './attach.ts'
+export type { AttachStep } from './attach-plan.ts'
+export { detachCapture, repairHalfStates } from './detach.ts'
+export type { DetachOptions, TakenAway } from './detach.ts'
+export { closeReadExport, openReadExport } from './read-export.ts'
+export type { ReadExport, ReadExportOptions } from './read-export.ts'
+export { dropRotated, rotateBitmaps } from './bitmaps.ts'
+export type { RotatedBitmaps } from './bitmaps.ts'
+export { readCounters } from './counters.ts'
+export type { DiskCounters } from './counters.ts'
+export { namesOf } from './names.ts'
+export type { DiskNames } from './names.ts'
