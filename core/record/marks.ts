@@ -9,10 +9,12 @@ export type CheckpointKind = 'automatic' | 'tagged' | 'quiesced'
 export type CheckpointMark = { id: string; vpg: string; vms: string[]; atUnixMs: number; kind: CheckpointKind; tag?: string }
 /** JSON of an `epoch` record: why this attach began, and the disks from here on. */
 export type EpochMark = { reason: string; disks: DiskEntry[]; config?: string }
+/** initial: first copy. bitmap: what QEMU's dirty bitmap says. full: everything again, since nothing says what changed. delta: by hashes. */
+export type SyncKind = 'initial' | 'bitmap' | 'full' | 'delta'
 /** JSON of a `syncBegin` record. */
-export type SyncMark = { kind: 'initial' | 'bitmap' | 'delta'; reason: string }
+export type SyncMark = { kind: SyncKind; reason: string }
 /** JSON of a `syncEnd` record. */
-export type SyncEndMark = { kind: 'initial' | 'bitmap' | 'delta' }
+export type SyncEndMark = { kind: SyncKind }
 /** JSON of a `proof` record: QEMU's written bytes against the captured ones, per disk key, since the attach. */
 export type ProofMark = { ok: boolean; atUnixMs: number; disks: Record<string, { writtenBytes: number; capturedBytes: number }> }
 

@@ -1,0 +1,381 @@
+import type { Duplex } from 'node:stream'
+import { CdpError, errorMessage, toCdpError } from '../../core/errors/index.ts'
+import { NbdClient } from '../../core/nbd/index.ts'
+import { RecordKind, adaptiveZstd } from '../../core/record/index.ts'
+import { STREAM_PROTOCOL } from '../../core/stream/index.ts'
+import type { Welcome } from '../../core/stream/index.ts'
+import { FrameQueue, SlabPool } from '../buffer/index.ts'
+import { StreamSender } from '../replicate/index.ts'
+import { RaceGuard, SyncRun } from '../sync/index.ts'
+import { AckMeter } from './ack-meter.ts'
+import { MAX_WRITE_BYTES } from './connection.ts'
+import { CutLog, GroupClock } from './group-clock.ts'
+import type { CaptureEvent, CaptureRequests, CaptureWorkerData } from './messages.ts'
+import { Recorder } from './recorder.ts'
+import { CaptureTarget } from './target.ts'
+import type { CapturedDisk } from './target.ts'
+
+const SMALL_SLAB_BYTES = 256 * 1024
+const RECONNECT_FIRST_MS = 250
+const RECONNECT_MAX_MS = 10_000
+/** A sync leaves three quarters of the memory to the guest's own writes. */
+const SYNC_SHARE = 0.25
+const READS_IN_FLIGHT = 8
+
+export type CaptureSessionOptions = Omit<CaptureWorkerData, 'agent' | 'heartbeat' | 'groupClock'> & {
+  clock: GroupClock
+  connect: (signal: AbortSignal) => Promise<Duplex>
+  emit: (event: CaptureEvent) => void
+  nowUnixMs: () => number
+  random: () => number
+}
+
+type Answer<Name extends keyof CaptureRequests> = Promise<CaptureRequests[Name]['answer']>
+type Ask<Name extends keyof CaptureRequests> = CaptureRequests[Name]['ask']
+
+/**
+ * Capture of one VM, all its disks: NBD target, records, memory, stream, syncs, markers. Lives in a worker thread of its own, or,
+ * for a bench, wherever it is put. The main thread asks (messages.ts), events tell it what happened.
+ */
+export class CaptureSession implements AsyncDisposable {
+  readonly #options: CaptureSessionOptions
+  readonly #disks: CapturedDisk[]
+  readonly #queue = new FrameQueue()
+  readonly #meter = new AckMeter()
+  readonly #guard = new RaceGuard()
+  readonly #cutLog = new CutLog()
+  readonly #largeSlabs: SlabPool
+  readonly #recorder: Recorder
+  readonly #target: CaptureTarget
+  #sender: StreamSender | undefined
+  #linkUp = false
+  #attached = false
+  #durableSeq = 0
+  #consistentFromSeq = Infinity
+  #held: { namedSeq: number; timer: NodeJS.Timeout } | undefined
+  #reconnect: NodeJS.Timeout | undefined
+  #reconnectMs = RECONNECT_FIRST_MS
+  #sync: AbortController | undefined
+  #waiters: { until: () => boolean; resolve: () => void }[] = []
+  #disposed = false
+
+  constructor(options: CaptureSessionOptions) {
+    this.#options = options
+    this.#disks = options.disks.map(({ disk, key, sizeBytes }) => ({ disk, key, sizeBytes, capturedBytes: 0 }))
+    this.#largeSlabs = new SlabPool(MAX_WRITE_BYTES, options.budgetBytes / 4)
+    this.#recorder = new Recorder({
+      queue: this.#queue,
+      smallSlabs: new SlabPool(SMALL_SLAB_BYTES, options.budgetBytes / 4),
+      largeSlabs: this.#largeSlabs,
+      compressor: adaptiveZstd(),
+      nowUnixMs: options.nowUnixMs,
+      lingerMs: options.lingerMs,
+    })
+    this.#queue.onPush = () => this.#onFrame()
+    this.#target = new CaptureTarget({
+      path: options.targetPath,
+      disks: this.#disks,
+      host: {
+        recorder: this.#recorder,
+        slabs: this.#largeSlabs,
+        meter: this.#meter,
+        stampBatch: () => this.#cutLog.stamp(options.clock.read(), this.#recorder.lastSeq),
+        holding: () => this.#held !== undefined,
+        cutFromReads: (disk, offsetBytes, lengthBytes) => {
+          if (this.#guard.busy) this.#guard.cut(disk, offsetBytes, lengthBytes)
+        },
+      },
+      events: {
+        opened: (key) => options.emit({ is: 'target', key, state: 'opened', clean: false, why: '' }),
+        closed: (key, clean, why) => options.emit({ is: 'target', key, state: 'closed', clean, why }),
+      },
+    })
+  }
+
+  async start(): Promise<void> {
+    await this.#target.listen()
+  }
+
+  async open({ reason, epoch }: Ask<'open'>): Answer<'open'> {
+    this.#stopSync('a new attach begins')
+    this.#target.letGo()
+    await this.#dropSender()
+    const sender = this.#newSender()
+    const welcome = await sender.open(this.#hello(0, reason))
+    this.#recorder.begin(welcome.epoch, welcome.durableSeq, !welcome.baseComplete)
+    this.#durableSeq = welcome.durableSeq
+    this.#consistentFromSeq = Infinity
+    this.#cutLog.reset(this.#options.clock.read(), welcome.durableSeq)
+    this.#recorder.mark(RecordKind.epoch, 0, { ...epoch, disks: this.#options.disks })
+    this.#useSender(sender, welcome)
+    this.#attached = true
+    return welcome
+  }
+
+  async sync({ kind, reason, exportSocketPath, disks, rateBytesPerSec }: Ask<'sync'>): Answer<'sync'> {
+    this.#stopSync('another sync begins')
+    const abort = new AbortController()
+    this.#sync = abort
+    const totalBytes = disks.reduce((sum, disk) => sum + disk.totalBytes, 0)
+    let doneBytes = 0
+    const admit = this.#admission(rateBytesPerSec)
+    this.#recorder.mark(RecordKind.syncBegin, 0, { kind, reason })
+    for (const disk of disks) {
+      await using client = await NbdClient.connect({ path: exportSocketPath }, {
+        exportName: disk.exportName,
+        metaContexts: ['base:allocation', ...(disk.bitmap === undefined ? [] : [`qemu:dirty-bitmap:${disk.bitmap}`])],
+        signal: abort.signal,
+      })
+      const before = doneBytes
+      let copiedBytes = 0
+      await new SyncRun({
+        disk, client, sink: this.#recorder, guard: this.#guard, slabs: this.#largeSlabs, admit, readsInFlight: READS_IN_FLIGHT, signal: abort.signal,
+        onProgress: (bytes, scannedToBytes) => {
+          copiedBytes += bytes
+          doneBytes = before + (disk.bitmap === undefined ? scannedToBytes : copiedBytes)
+          this.#options.emit({ is: 'sync', doneBytes, totalBytes })
+        },
+      }).run()
+      doneBytes = before + disk.totalBytes
+    }
+    abort.signal.throwIfAborted()
+    this.#recorder.mark(RecordKind.syncEnd, 0, { kind })
+    this.#recorder.endDirect()
+    this.#recorder.flush()
+    this.#consistentFromSeq = this.#recorder.lastSeq
+    this.#cutLog.stamp(this.#options.clock.read(), this.#recorder.lastSeq)
+    this.#sync = undefined
+    return { lastSeq: this.#recorder.lastSeq }
+  }
+
+  async cut({ c, mark }: Ask<'cut'>): Answer<'cut'> {
+    return this.#mark(this.#cutLog.namedSeq(c), mark)
+  }
+
+  async hold({ holdMs }: Ask<'hold'>): Answer<'hold'> {
+    if (!this.#isConsistent()) return { refused: 'capture is not in step' }
+    if (this.#held !== undefined) return { refused: 'another cut is under way' }
+    const namedSeq = this.#recorder.lastSeq
+    this.#held = { namedSeq, timer: setTimeout(() => this.#endHold(), holdMs) }
+    return { namedSeq }
+  }
+
+  async commit({ mark }: Ask<'commit'>): Answer<'commit'> {
+    const held = this.#held
+    if (held === undefined) return { refused: 'the hold ran out' }
+    const answer = this.#mark(held.namedSeq, mark)
+    this.#endHold()
+    return answer
+  }
+
+  async release(): Answer<'release'> {
+    this.#endHold()
+    return {}
+  }
+
+  async proof({ mark }: Ask<'proof'>): Answer<'proof'> {
+    if (this.#attached) this.#recorder.mark(RecordKind.proof, this.#recorder.lastSeq, mark)
+    return {}
+  }
+
+  async captured(): Answer<'captured'> {
+    return Object.fromEntries(this.#disks.map(({ key, capturedBytes }) => [key, capturedBytes]))
+  }
+
+  async letGo({ why }: Ask<'letGo'>): Answer<'letGo'> {
+    this.#letGo(why)
+    return {}
+  }
+
+  async end({ deadlineMs }: Ask<'end'>): Answer<'end'> {
+    this.#stopSync('capture ends')
+    this.#attached = false
+    this.#recorder.flush()
+    const { lastSeq } = this.#recorder
+    const { promise: late, reject } = Promise.withResolvers<never>()
+    const timer = setTimeout(() => reject(new CdpError('TIMEOUT', 'not everything became durable in time', { context: { lastSeq, durableSeq: this.#durableSeq } })), deadlineMs)
+    try {
+      if (this.#linkUp) await Promise.race([this.#until(() => this.#durableSeq >= lastSeq || !this.#linkUp), late])
+    } finally {
+      clearTimeout(timer)
+      this.#sender?.end()
+      this.#linkUp = false
+    }
+    return { durableSeq: this.#durableSeq }
+  }
+
+  /** Called about once a second: figures for the main thread, and the rule that a slow capture lets go. */
+  tick(loopLateMs: number): void {
+    const ack = this.#meter.take()
+    const { slowAck } = this.#options
+    this.#options.emit({
+      is: 'stats',
+      stats: {
+        receivedSeq: this.#recorder.lastSeq, durableSeq: this.#durableSeq, heldBytes: this.#queue.heldBytes + this.#recorder.unsealedBytes,
+        peakBytes: this.#queue.peakBytes, linkUp: this.#linkUp, ack, loopLateMs,
+      },
+    })
+    const worstMs = Math.max(ack.maxUs / 1000, ack.count > 0 ? loopLateMs : 0)
+    if (this.#attached && (ack.p99Us / 1000 > slowAck.p99Ms || worstMs > slowAck.maxMs)) {
+      this.#letGo(`capture slow: acknowledgements took p99 ${Math.round(ack.p99Us / 1000)} ms, at worst ${Math.round(worstMs)} ms`)
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#disposed = true
+    this.#attached = false
+    this.#endHold()
+    this.#stopSync('capture stops')
+    await this.#target[Symbol.asyncDispose]()
+    await this.#dropSender()
+    this.#recorder.dispose()
+  }
+
+  #isConsistent(): boolean {
+    return this.#attached && this.#consistentFromSeq !== Infinity
+  }
+
+  #mark(namedSeq: number | undefined, mark: Ask<'cut'>['mark']): CaptureRequests['cut']['answer'] {
+    if (!this.#isConsistent()) return { refused: this.#attached ? 'a sync is under way' : 'capture is not attached' }
+    if (namedSeq === undefined || namedSeq < this.#consistentFromSeq) return { refused: 'the cut lies before the end of the sync' }
+    this.#recorder.mark(RecordKind.checkpoint, namedSeq, mark)
+    this.#recorder.flush()
+    return { namedSeq }
+  }
+
+  #endHold(): void {
+    if (this.#held === undefined) return
+    clearTimeout(this.#held.timer)
+    this.#held = undefined
+    this.#target.releaseHeld()
+  }
+
+  #onFrame(): void {
+    this.#sender?.pump()
+    if (this.#attached && this.#queue.heldBytes > this.#options.budgetBytes) {
+      this.#letGo(this.#linkUp ? 'the link is slower than the guest writes and the memory is full' : 'the link is down and the memory is full')
+    }
+  }
+
+  #letGo(why: string): void {
+    if (!this.#attached) return
+    this.#attached = false
+    this.#consistentFromSeq = Infinity
+    this.#endHold()
+    this.#stopSync(why)
+    this.#target.letGo()
+    this.#options.emit({ is: 'letGo', why })
+  }
+
+  #stopSync(why: string): void {
+    this.#sync?.abort(new CdpError('ABORTED', `sync stopped: ${why}`))
+    this.#sync = undefined
+    this.#guard.clear()
+    this.#wake()
+  }
+
+  #hello(epoch: number, reason: string) {
+    const { vm, vpg, vms, disks } = this.#options
+    return { protocol: STREAM_PROTOCOL, vm, vpg, vms, epoch, disks, reason }
+  }
+
+  #newSender(): StreamSender {
+    const sender: StreamSender = new StreamSender({
+      queue: this.#queue,
+      connect: this.#options.connect,
+      onDurable: (durableSeq) => this.#onDurable(durableSeq),
+      onNews: (news) => this.#options.emit({ is: 'news', news }),
+      onLost: (error) => {
+        if (this.#sender === sender) this.#onLinkLost(error)
+      },
+    })
+    return sender
+  }
+
+  #useSender(sender: StreamSender, { durableSeq }: Welcome): void {
+    this.#sender = sender
+    this.#linkUp = true
+    this.#reconnectMs = RECONNECT_FIRST_MS
+    this.#queue.rewind(durableSeq)
+    this.#onDurable(durableSeq)
+    this.#options.emit({ is: 'link', up: true, why: '' })
+    sender.pump()
+  }
+
+  async #dropSender(): Promise<void> {
+    clearTimeout(this.#reconnect)
+    const sender = this.#sender
+    this.#sender = undefined
+    this.#linkUp = false
+    await sender?.[Symbol.asyncDispose]()
+  }
+
+  #onDurable(durableSeq: number): void {
+    if (durableSeq > this.#durableSeq) this.#durableSeq = durableSeq
+    this.#queue.release(durableSeq)
+    this.#wake()
+  }
+
+  #onLinkLost(error: CdpError): void {
+    this.#sender = undefined
+    if (this.#linkUp) this.#options.emit({ is: 'link', up: false, why: error.message })
+    this.#linkUp = false
+    this.#wake()
+    if (error.code === 'STALE_EPOCH' || error.code === 'STREAM_REFUSED') this.#letGo(error.message)
+    else this.#scheduleReconnect()
+  }
+
+  #scheduleReconnect(): void {
+    if (this.#disposed || this.#recorder.epoch === 0) return
+    const delayMs = this.#reconnectMs * (0.5 + this.#options.random())
+    this.#reconnectMs = Math.min(RECONNECT_MAX_MS, this.#reconnectMs * 2)
+    clearTimeout(this.#reconnect)
+    this.#reconnect = setTimeout(() => void this.#resume(), delayMs)
+  }
+
+  async #resume(): Promise<void> {
+    const sender = this.#newSender()
+    this.#sender = sender
+    try {
+      const welcome = await sender.open(this.#hello(this.#recorder.epoch, 'reconnect'))
+      if (this.#sender === sender) this.#useSender(sender, welcome)
+    } catch (error) {
+      if (this.#sender === sender) this.#onLinkLost(toCdpError(error, 'CLOSED'))
+    }
+  }
+
+  /** Lets a sync read on only while memory has room, and not faster than the limit (0: none). */
+  #admission(rateBytesPerSec: number): (lengthBytes: number, signal: AbortSignal) => Promise<void> {
+    let nextMs = performance.now()
+    const room = (): boolean => this.#queue.heldBytes + this.#recorder.unsealedBytes < this.#options.budgetBytes * SYNC_SHARE
+    return async (lengthBytes, signal) => {
+      if (!room()) await this.#until(() => room() || signal.aborted)
+      if (rateBytesPerSec > 0) {
+        const waitMs = nextMs - performance.now()
+        nextMs = Math.max(nextMs, performance.now()) + (lengthBytes / rateBytesPerSec) * 1000
+        if (waitMs > 0) await new Promise((resolve) => setTimeout(resolve, waitMs))
+      }
+      signal.throwIfAborted()
+    }
+  }
+
+  async #until(until: () => boolean): Promise<void> {
+    if (until()) return
+    await new Promise<void>((resolve) => this.#waiters.push({ until, resolve }))
+  }
+
+  #wake(): void {
+    if (this.#waiters.length === 0) return
+    this.#waiters = this.#waiters.filter(({ until, resolve }) => {
+      if (!until()) return true
+      resolve()
+      return false
+    })
+  }
+}
+
+/** What a thrown thing looks like on its way to the main thread. */
+export const errorForMain = (error: unknown): { code: string; message: string; hint?: string } => {
+  const cdp = error instanceof CdpError ? error : new CdpError('INTERNAL', errorMessage(error))
+  return { code: cdp.code, message: cdp.message, ...(cdp.hint === undefined ? {} : { hint: cdp.hint }) }
+}

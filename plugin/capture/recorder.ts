@@ -1,0 +1,187 @@
+import { FLAG_DIRECT, FrameBuilder, RecordKind, alignToSector } from '../../core/record/index.ts'
+import type { Compressor } from '../../core/record/index.ts'
+import { SlabPool } from '../buffer/index.ts'
+import type { FrameQueue } from '../buffer/index.ts'
+
+export type RecorderOptions = {
+  queue: FrameQueue
+  /** One for small-record frames, and one for the payload of a single large write or sync read. */
+  smallSlabs: SlabPool
+  largeSlabs: SlabPool
+  compressor: Compressor
+  nowUnixMs: () => number
+  /** How long a record may wait for company before its frame is closed. */
+  lingerMs: number
+}
+
+/** A builder that is full or was closed, with what its header will say. */
+type Closed = { builder: FrameBuilder; pool: SlabPool; slab: Buffer; firstSeq: number; flags: number; atUnixMs: number }
+
+const RECORDS_PER_FRAME = 4096
+/** Larger writes get a frame of their own: their payload is not copied again. */
+export const LARGE_WRITE_BYTES = 128 * 1024
+
+/**
+ * Gives each captured operation its sequence and its place in a frame. Sealing (compression, checksums) is put off until the
+ * acknowledgements of the present batch are out. The order of calls is the order of the journal.
+ */
+export class Recorder {
+  readonly #options: RecorderOptions
+  readonly #spare: FrameBuilder[] = []
+  #open: FrameBuilder
+  #openFlags = 0
+  #openFirstSeq = 1
+  #openAtUnixMs = 0
+  #lastSeq = 0
+  #epoch = 0
+  #direct = false
+  #closed: Closed[] = []
+  #closedBytes = 0
+  #sealSoon: NodeJS.Immediate | undefined
+  #linger: NodeJS.Timeout | undefined
+
+  constructor(options: RecorderOptions) {
+    this.#options = options
+    this.#open = new FrameBuilder(options.smallSlabs.take(), RECORDS_PER_FRAME)
+  }
+
+  /** Sequence of the newest record; 0 before the first. */
+  get lastSeq(): number {
+    return this.#lastSeq
+  }
+
+  get epoch(): number {
+    return this.#epoch
+  }
+
+  /** Bytes of slabs that are filled and not sealed yet. */
+  get unsealedBytes(): number {
+    return this.#closedBytes + this.#open.payloadBytes
+  }
+
+  /** Begins an attach: what was not sealed is dropped (it was never promised to anybody). */
+  begin(epoch: number, lastSeq: number, direct: boolean): void {
+    this.#dropUnsealed()
+    this.#epoch = epoch
+    this.#lastSeq = lastSeq
+    this.#direct = direct
+    this.#options.queue.clear(lastSeq)
+  }
+
+  /** The initial sync has ended: frames from here on are journaled. */
+  endDirect(): void {
+    this.#close()
+    this.#direct = false
+  }
+
+  /** A write whose payload lies whole in `chunk`; it is copied. */
+  write(disk: number, offsetBytes: number, chunk: Buffer, start: number, end: number): void {
+    const lengthBytes = end - start
+    const at = this.#builderFor(lengthBytes).reserveData(RecordKind.write, disk, offsetBytes, lengthBytes)
+    chunk.copy(this.#open.payload, at, start, end)
+    this.#lastSeq++
+  }
+
+  /** Data whose payload fills a slab of the large pool from its first byte on; the slab passes to the recorder. */
+  takeLarge(kind: typeof RecordKind.write | typeof RecordKind.sync, disk: number, offsetBytes: number, lengthBytes: number, slab: Buffer): void {
+    this.#close()
+    const builder = new FrameBuilder(slab, 1)
+    builder.reserveData(kind, disk, offsetBytes, lengthBytes)
+    this.#lastSeq++
+    this.#enqueue({ builder, pool: this.#options.largeSlabs, slab, firstSeq: this.#lastSeq, flags: this.#flags(), atUnixMs: this.#options.nowUnixMs() })
+  }
+
+  /** Data read by a sync; copied. */
+  sync(disk: number, offsetBytes: number, data: Buffer, start: number, end: number): void {
+    const lengthBytes = end - start
+    const at = this.#builderFor(lengthBytes).reserveData(RecordKind.sync, disk, offsetBytes, lengthBytes)
+    data.copy(this.#open.payload, at, start, end)
+    this.#lastSeq++
+  }
+
+  /** A record without data. */
+  range(kind: RecordKind, disk: number, offsetBytes: number, lengthBytes: number): void {
+    this.#builderFor(0).addRange(kind, disk, offsetBytes, lengthBytes)
+    this.#lastSeq++
+  }
+
+  /** A record that carries JSON. */
+  mark(kind: RecordKind, offsetBytes: number, value: unknown): void {
+    const text = JSON.stringify(value)
+    this.#builderFor(Buffer.byteLength(text)).addJson(kind, offsetBytes, text)
+    this.#lastSeq++
+  }
+
+  /** Closes the open frame and seals everything now. */
+  flush(): void {
+    this.#close()
+    this.#sealClosed()
+  }
+
+  /** Stops timers; nothing is sealed any more. */
+  dispose(): void {
+    this.#dropUnsealed()
+  }
+
+  #flags(): number {
+    return this.#direct ? FLAG_DIRECT : 0
+  }
+
+  #builderFor(dataBytes: number): FrameBuilder {
+    if (!this.#open.fits(dataBytes)) this.#close()
+    if (this.#open.recordCount === 0) {
+      this.#openFirstSeq = this.#lastSeq + 1
+      this.#openFlags = this.#flags()
+      this.#openAtUnixMs = this.#options.nowUnixMs()
+      this.#linger ??= setTimeout(() => {
+        this.#linger = undefined
+        this.flush()
+      }, this.#options.lingerMs)
+    }
+    return this.#open
+  }
+
+  #close(): void {
+    if (this.#open.recordCount === 0) return
+    const { smallSlabs } = this.#options
+    this.#enqueue({ builder: this.#open, pool: smallSlabs, slab: this.#open.payload, firstSeq: this.#openFirstSeq, flags: this.#openFlags, atUnixMs: this.#openAtUnixMs })
+    this.#open = this.#spare.pop() ?? new FrameBuilder(smallSlabs.take(), RECORDS_PER_FRAME)
+  }
+
+  #enqueue(closed: Closed): void {
+    this.#closed.push(closed)
+    this.#closedBytes += closed.slab.length
+    this.#sealSoon ??= setImmediate(() => this.#sealClosed())
+  }
+
+  #sealClosed(): void {
+    clearImmediate(this.#sealSoon)
+    this.#sealSoon = undefined
+    const closed = this.#closed
+    this.#closed = []
+    this.#closedBytes = 0
+    for (const { builder, pool, slab, firstSeq, flags, atUnixMs } of closed) {
+      const { keepsSlab, ...frame } = builder.seal({ firstSeq, epoch: this.#epoch, atUnixMs, flags }, this.#options.compressor)
+      this.#options.queue.push(keepsSlab ? { ...frame, slab, pool } : frame)
+      if (pool === this.#options.smallSlabs) {
+        builder.reset(keepsSlab ? pool.take() : slab)
+        if (this.#spare.length < 8) this.#spare.push(builder)
+      } else if (!keepsSlab) {
+        pool.give(slab)
+      }
+    }
+  }
+
+  #dropUnsealed(): void {
+    clearTimeout(this.#linger)
+    clearImmediate(this.#sealSoon)
+    this.#linger = undefined
+    this.#sealSoon = undefined
+    this.#closed = []
+    this.#closedBytes = 0
+    this.#open.reset()
+  }
+}
+
+/** True if a write of that many bytes is worth a slab of its own. */
+export const isLargeWrite = (lengthBytes: number): boolean => alignToSector(lengthBytes) >= LARGE_WRITE_BYTES

@@ -1,0 +1,131 @@
+import { createServer } from 'node:net'
+import type { Server, Socket } from 'node:net'
+import { rm } from 'node:fs/promises'
+import { CdpError, errorMessage } from '../../core/errors/index.ts'
+import * as nbd from '../../core/nbd/index.ts'
+import { CaptureConnection, MAX_WRITE_BYTES } from './connection.ts'
+import type { ConnectionHost } from './connection.ts'
+
+/** A disk as capture sees it. `capturedBytes` grows with writes and zeroes (what QEMU counts as written), never with discards. */
+export type CapturedDisk = { disk: number; key: string; sizeBytes: number; capturedBytes: number }
+
+export type TargetEvents = {
+  /** QEMU (or a handshake check) entered the transmission phase. */
+  opened(key: string): void
+  /** That connection is gone. Clean: it said NBD_CMD_DISC between two requests. */
+  closed(key: string, clean: boolean, why: string): void
+}
+
+const HANDSHAKE_DEADLINE_MS = 5_000
+
+/**
+ * The NBD target of one VM: a unix socket, one export per disk, named by the disk's key. It only takes: reads are refused.
+ * Closing a connection is how capture lets go: QEMU drops the job and the guest goes on.
+ */
+export class CaptureTarget implements AsyncDisposable {
+  readonly #path: string
+  readonly #disks: readonly CapturedDisk[]
+  readonly #host: ConnectionHost
+  readonly #events: TargetEvents
+  readonly #connections = new Map<Socket, CaptureConnection>()
+  readonly #sockets = new Set<Socket>()
+  #server: Server | undefined
+
+  constructor(options: { path: string; disks: readonly CapturedDisk[]; host: ConnectionHost; events: TargetEvents }) {
+    this.#path = options.path
+    this.#disks = options.disks
+    this.#host = options.host
+    this.#events = options.events
+  }
+
+  async listen(): Promise<void> {
+    await rm(this.#path, { force: true })
+    const server = createServer((socket) => this.#negotiate(socket))
+    this.#server = server
+    const { promise, resolve, reject } = Promise.withResolvers<void>()
+    server.once('error', reject)
+    server.listen(this.#path, resolve)
+    await promise
+    server.off('error', reject)
+  }
+
+  /** Ends every connection at once: the guest goes on, QEMU's dirty bitmap remembers what is missed from here on. */
+  letGo(): void {
+    for (const socket of this.#sockets) socket.destroy()
+  }
+
+  /** Sends the acknowledgements that a group cut held back. */
+  releaseHeld(): void {
+    for (const connection of this.#connections.values()) connection.releaseHeld()
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.letGo()
+    const server = this.#server
+    this.#server = undefined
+    if (server === undefined) return
+    await new Promise<void>((resolve) => server.close(() => resolve()))
+    await rm(this.#path, { force: true })
+  }
+
+  #exportOf(key: string): nbd.HandshakeExport | undefined {
+    const disk = this.#disks.find((candidate) => candidate.key === key)
+    return disk && {
+      name: key,
+      sizeBytes: disk.sizeBytes,
+      transmissionFlags: nbd.NBD_FLAG_HAS_FLAGS | nbd.NBD_FLAG_SEND_FLUSH | nbd.NBD_FLAG_SEND_FUA | nbd.NBD_FLAG_SEND_TRIM | nbd.NBD_FLAG_SEND_WRITE_ZEROES,
+      blockSize: { minBytes: 512, preferredBytes: 4096, maxBytes: MAX_WRITE_BYTES },
+      metaContexts: [],
+    }
+  }
+
+  #negotiate(socket: Socket): void {
+    this.#sockets.add(socket)
+    let why = 'closed by the peer'
+    socket.on('error', (error) => (why = errorMessage(error)))
+    socket.once('close', () => this.#sockets.delete(socket))
+    const deadline = setTimeout(() => socket.destroy(), HANDSHAKE_DEADLINE_MS)
+    socket.once('close', () => clearTimeout(deadline))
+    const handshake = new nbd.ServerHandshake({ findExport: (name) => this.#exportOf(name), listExports: () => this.#disks.map(({ key }) => ({ name: key })), structuredReplies: false })
+    socket.write(handshake.greeting())
+    const onData = (chunk: Buffer): void => {
+      try {
+        const { send, outcome } = handshake.push(chunk)
+        for (const bytes of send) socket.write(bytes)
+        if (outcome === undefined) return
+        clearTimeout(deadline)
+        socket.off('data', onData)
+        if (outcome.is === 'aborted') socket.end()
+        else this.#transmit(socket, outcome.session.exportName, outcome.rest, () => why)
+      } catch (error) {
+        why = errorMessage(error)
+        socket.destroy()
+      }
+    }
+    socket.on('data', onData)
+  }
+
+  #transmit(socket: Socket, key: string, rest: Buffer, whyClosed: () => string): void {
+    const disk = this.#disks.find((candidate) => candidate.key === key)
+    if (disk === undefined) throw new CdpError('INTERNAL', 'negotiated an export that does not exist')
+    const connection = new CaptureConnection(socket, disk, this.#host)
+    this.#connections.set(socket, connection)
+    let broken: string | undefined
+    const receive = (chunk: Buffer): void => {
+      try {
+        connection.receive(chunk)
+        if (connection.endedCleanly) socket.end()
+      } catch (error) {
+        broken = errorMessage(error)
+        socket.destroy()
+      }
+    }
+    socket.on('data', receive)
+    socket.once('close', () => {
+      this.#connections.delete(socket)
+      this.#events.closed(key, connection.endedCleanly && broken === undefined, broken ?? whyClosed())
+    })
+    this.#events.opened(key)
+    if (rest.length > 0) receive(rest)
+  }
+}

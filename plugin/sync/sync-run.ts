@@ -1,0 +1,184 @@
+import { CdpError } from '../../core/errors/index.ts'
+import type { NbdClient } from '../../core/nbd/index.ts'
+import { RecordKind } from '../../core/record/index.ts'
+import type { SlabPool } from '../buffer/index.ts'
+import type { RaceGuard } from './race-guard.ts'
+
+const STATUS_BYTES = 256 * 1024 * 1024
+const READ_BYTES = 1024 * 1024
+const PROGRESS_EVERY_MS = 1_000
+const BASE_ALLOCATION = 'base:allocation'
+const STATE_ZERO = 2
+const STATE_DIRTY = 1
+const ZEROES = Buffer.alloc(READ_BYTES)
+
+/** Where a sync puts what it read; the capture recorder. */
+export type SyncSink = {
+  sync(disk: number, offsetBytes: number, data: Buffer, start: number, end: number): void
+  takeLarge(kind: typeof RecordKind.sync, disk: number, offsetBytes: number, lengthBytes: number, slab: Buffer): void
+  range(kind: RecordKind, disk: number, offsetBytes: number, lengthBytes: number): void
+}
+
+export type SyncDisk = {
+  disk: number
+  sizeBytes: number
+  /** Everything below is at the agent already. */
+  fromBytes: number
+  /** Name of the dirty bitmap whose extents are copied below `fromBytes` (and above it, everything if `wholeAbove`). */
+  bitmap?: string
+  /** True: from `fromBytes` on everything allocated is copied; false: only what the bitmap says. */
+  wholeAbove: boolean
+}
+
+export type SyncOptions = {
+  disk: SyncDisk
+  client: NbdClient
+  sink: SyncSink
+  guard: RaceGuard
+  slabs: SlabPool
+  /** Resolves when `lengthBytes` more may be read: memory has room and the rate limit allows it. */
+  admit: (lengthBytes: number, signal: AbortSignal) => Promise<void>
+  onProgress: (copiedBytes: number, scannedToBytes: number) => void
+  readsInFlight: number
+  signal: AbortSignal
+}
+
+type Extent = { offsetBytes: number; lengthBytes: number; zero: boolean }
+
+/**
+ * Copies one disk from QEMU's read-only export into records: all that is allocated, or the extents of a dirty bitmap. Reads are
+ * registered with the race guard before they are sent, and become records in the turn in which their reply arrives.
+ * Resumable: a `syncProgress` record says below which offset the whole of the disk has been copied.
+ */
+export class SyncRun {
+  readonly #options: SyncOptions
+  readonly #inFlight = new Set<{ offsetBytes: number; done: Promise<void> }>()
+  #failed: { error: unknown } | undefined
+  #scannedToBytes = 0
+  #fromBitmap: string | undefined
+  #reportedMs = performance.now()
+
+  constructor(options: SyncOptions) {
+    this.#options = options
+  }
+
+  /** Resolves when everything has become a record. @throws what the NBD client throws, or the signal's reason */
+  async run(): Promise<void> {
+    const { disk } = this.#options
+    if (disk.bitmap !== undefined) await this.#copy(0, disk.wholeAbove ? disk.fromBytes : disk.sizeBytes, disk.bitmap)
+    if (disk.wholeAbove) await this.#copy(disk.fromBytes, disk.sizeBytes)
+  }
+
+  async #copy(startBytes: number, endBytes: number, bitmap?: string): Promise<void> {
+    this.#scannedToBytes = startBytes
+    this.#fromBitmap = bitmap
+    while (this.#scannedToBytes < endBytes) {
+      const extents = await this.#status(this.#scannedToBytes, Math.min(STATUS_BYTES, endBytes - this.#scannedToBytes), bitmap)
+      for (const extent of extents) {
+        if (!extent.zero) await this.#readExtent(extent)
+        this.#scannedToBytes = extent.offsetBytes + extent.lengthBytes
+        this.#report()
+      }
+    }
+    while (this.#inFlight.size > 0) await this.#oneDone()
+    this.#throwIfFailed()
+    this.#report(true)
+  }
+
+  /** Extents to read; zero ones have become records already. For a bitmap, clean ranges are left out. */
+  async #status(offsetBytes: number, lengthBytes: number, bitmap: string | undefined): Promise<Extent[]> {
+    const { client, guard, disk, sink, signal } = this.#options
+    signal.throwIfAborted()
+    this.#throwIfFailed()
+    const read = guard.register(disk.disk, offsetBytes, lengthBytes)
+    const context = bitmap === undefined ? BASE_ALLOCATION : `qemu:dirty-bitmap:${bitmap}`
+    const reply = await client.blockStatus(offsetBytes, lengthBytes)
+    const spans = read.take()
+    const extents: Extent[] = []
+    let at = offsetBytes
+    for (const { lengthBytes: extentBytes, flags } of reply.get(context) ?? []) {
+      const bytes = Math.min(extentBytes, offsetBytes + lengthBytes - at)
+      if (bytes <= 0) break
+      const zero = bitmap === undefined ? (flags & STATE_ZERO) !== 0 : (flags & STATE_DIRTY) === 0
+      if (zero && bitmap === undefined) {
+        for (const span of spans) {
+          const from = Math.max(span.offsetBytes, at)
+          const to = Math.min(span.offsetBytes + span.lengthBytes, at + bytes)
+          if (from < to) sink.range(RecordKind.syncZero, disk.disk, from, to - from)
+        }
+      }
+      extents.push({ offsetBytes: at, lengthBytes: bytes, zero })
+      at += bytes
+    }
+    if (extents.length === 0) throw new CdpError('NBD_PROTOCOL', `the export says nothing of ${context}`, { context: { disk: disk.disk, offsetBytes } })
+    return extents
+  }
+
+  async #readExtent(extent: Extent): Promise<void> {
+    const { admit, readsInFlight, signal } = this.#options
+    const endBytes = extent.offsetBytes + extent.lengthBytes
+    for (let offsetBytes = extent.offsetBytes; offsetBytes < endBytes; offsetBytes += READ_BYTES) {
+      const lengthBytes = Math.min(READ_BYTES, endBytes - offsetBytes)
+      while (this.#inFlight.size >= readsInFlight) await this.#oneDone()
+      await admit(lengthBytes, signal)
+      this.#throwIfFailed()
+      const entry = { offsetBytes, done: Promise.resolve() }
+      entry.done = this.#read(offsetBytes, lengthBytes).then(
+        () => void this.#inFlight.delete(entry),
+        (error: unknown) => {
+          this.#inFlight.delete(entry)
+          this.#failed ??= { error }
+        },
+      )
+      this.#inFlight.add(entry)
+      this.#scannedToBytes = offsetBytes + lengthBytes
+      this.#report()
+    }
+  }
+
+  async #read(offsetBytes: number, lengthBytes: number): Promise<void> {
+    const { client, guard, disk, sink, slabs, signal } = this.#options
+    const slab = slabs.take()
+    const read = guard.register(disk.disk, offsetBytes, lengthBytes)
+    await client.readInto(slab, 0, offsetBytes, lengthBytes, signal)
+    const spans = read.take()
+    if (slab.subarray(0, lengthBytes).equals(ZEROES.subarray(0, lengthBytes))) {
+      for (const span of spans) sink.range(RecordKind.syncZero, disk.disk, span.offsetBytes, span.lengthBytes)
+      slabs.give(slab)
+    } else if (spans.length === 1 && spans[0].lengthBytes === lengthBytes && lengthBytes >= READ_BYTES / 4) {
+      sink.takeLarge(RecordKind.sync, disk.disk, offsetBytes, lengthBytes, slab)
+    } else {
+      for (const span of spans) {
+        for (let at = 0; at < span.lengthBytes; at += 64 * 1024) {
+          const start = span.offsetBytes - offsetBytes + at
+          sink.sync(disk.disk, span.offsetBytes + at, slab, start, start + Math.min(64 * 1024, span.lengthBytes - at))
+        }
+      }
+      slabs.give(slab)
+    }
+    this.#options.onProgress(lengthBytes, this.#copiedToBytes())
+  }
+
+  async #oneDone(): Promise<void> {
+    await Promise.race([...this.#inFlight].map(({ done }) => done))
+  }
+
+  /** Below this offset nothing is under way any more. */
+  #copiedToBytes(): number {
+    let lowest = this.#scannedToBytes
+    for (const { offsetBytes } of this.#inFlight) if (offsetBytes < lowest) lowest = offsetBytes
+    return lowest
+  }
+
+  #report(now = false): void {
+    if (!now && performance.now() - this.#reportedMs < PROGRESS_EVERY_MS) return
+    this.#reportedMs = performance.now()
+    const copiedToBytes = this.#copiedToBytes()
+    if (this.#fromBitmap === undefined) this.#options.sink.range(RecordKind.syncProgress, this.#options.disk.disk, copiedToBytes, 0)
+    this.#options.onProgress(0, copiedToBytes)
+  }
+
+  #throwIfFailed(): void {
+    if (this.#failed !== undefined) throw this.#failed.error
+  }
+}
