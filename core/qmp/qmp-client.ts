@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto'
 import { createConnection } from 'node:net'
 import type { Socket } from 'node:net'
 import { CdpError, errorCode, errorMessage } from '../errors/index.ts'
@@ -39,13 +40,17 @@ const connectError = (socketPath: string, cause: unknown): CdpError => {
   return new CdpError('IO', `Cannot connect to ${socketPath}: ${errorMessage(cause)}`, { cause, context })
 }
 
-/** One QMP connection. Made by `connect`; closed by `close`, by disposal, by a protocol error or by the peer. */
+/**
+ * One QMP connection. Made by `connect`; closed by `close`, by disposal, by a protocol error or by the peer.
+ * The answer to a command whose sender hung up is delivered by QEMU to the *next* client (seen on 10.0.2). So the ids of each
+ * connection begin with a random prefix of its own, and answers to other ids are dropped.
+ */
 export class QmpClient {
   readonly #socket: Socket
   readonly #parser: QmpParser
   readonly #commandDeadlineMs: number
-  readonly #waiting = new Map<number, Waiting>()
-  readonly #abandoned = new Set<number>()
+  readonly #waiting = new Map<string, Waiting>()
+  readonly #idPrefix = `cdp-${randomBytes(8).toString('hex')}-`
   readonly #watching = new Set<Watching>()
   readonly #events: QmpEvent[] = []
   readonly #closed = Promise.withResolvers<void>()
@@ -117,14 +122,13 @@ export class QmpClient {
   execute(command: string, args: Readonly<Record<string, unknown>> = {}, options: QmpExecuteOptions = {}): Promise<unknown> {
     if (this.#end) return Promise.reject(this.#end)
     if (options.signal?.aborted) return Promise.reject(new CdpError('ABORTED', `${command} was given up`, { cause: options.signal.reason }))
-    const id = this.#nextId++
+    const id = `${this.#idPrefix}${this.#nextId++}`
     const deadlineMs = options.deadlineMs ?? this.#commandDeadlineMs
     const { promise, resolve, reject } = Promise.withResolvers<unknown>()
     const giveUp = (error: CdpError) => {
       const waiting = this.#waiting.get(id)
       if (!waiting) return
       this.#waiting.delete(id)
-      this.#abandoned.add(id)
       waiting.stop()
       reject(error)
     }
@@ -193,12 +197,8 @@ export class QmpClient {
   #dispatch(message: QmpMessage): void {
     if (message.is === 'greeting') return this.#greeted.resolve(message)
     if (message.is === 'event') return this.#remember(message)
-    if (message.id === undefined) throw new CdpError('QMP_PROTOCOL', `QEMU could not read a command: ${message.is === 'error' ? message.desc : ''}`)
-    const waiting = this.#waiting.get(message.id)
-    if (!waiting) {
-      if (this.#abandoned.delete(message.id)) return
-      throw new CdpError('QMP_PROTOCOL', 'QEMU answered a command that was never sent', { context: { id: message.id } })
-    }
+    const waiting = message.id === undefined ? undefined : this.#waiting.get(message.id)
+    if (message.id === undefined || !waiting) return
     this.#waiting.delete(message.id)
     waiting.stop()
     if (message.is === 'return') return waiting.resolve(message.value)

@@ -9,9 +9,9 @@ export type QmpEvent = { is: 'event'; event: string; data: JsonObject; atUnixMs:
 export type QmpMessage =
   | QmpGreeting
   | QmpEvent
-  | { is: 'return'; id: number; value: unknown }
-  /** `id` is undefined when QEMU could not read the command at all. */
-  | { is: 'error'; id: number | undefined; errorClass: string; desc: string }
+  /** `id` as it was sent with the command; undefined when it was no string, or when QEMU could not read the command at all. */
+  | { is: 'return'; id: string | undefined; value: unknown }
+  | { is: 'error'; id: string | undefined; errorClass: string; desc: string }
 
 const newline = 0x0a
 
@@ -21,11 +21,7 @@ export const readVersion = (value: JsonObject): QmpVersion => {
   return { major: countField(qemu, 'major'), minor: countField(qemu, 'minor'), micro: countField(qemu, 'micro'), package: optionalField(value, 'package', stringField) ?? '' }
 }
 
-const readId = (object: JsonObject): number => {
-  const { id } = object
-  if (typeof id !== 'number') throw new CdpError('QMP_PROTOCOL', 'QEMU answered a command that was never sent')
-  return id
-}
+const readId = ({ id }: JsonObject): string | undefined => (typeof id === 'string' ? id : undefined)
 
 const readMessage = (line: string): QmpMessage => {
   let parsed: unknown
@@ -51,7 +47,7 @@ const readMessage = (line: string): QmpMessage => {
   if ('return' in object) return { is: 'return', id: readId(object), value: object['return'] }
   if ('error' in object) {
     const error = objectField(object, 'error')
-    return { is: 'error', id: optionalField(object, 'id', readId), errorClass: stringField(error, 'class'), desc: stringField(error, 'desc') }
+    return { is: 'error', id: readId(object), errorClass: stringField(error, 'class'), desc: stringField(error, 'desc') }
   }
   throw new CdpError('QMP_PROTOCOL', 'The QMP peer sent a message of no known kind', { context: { start: line.slice(0, 80) } })
 }

@@ -23,7 +23,7 @@ export type TakenAway = { shields: string[]; jobs: string[]; targets: string[]; 
 
 /**
  * Takes capture out of a VM, from whatever state it is in. Idempotent; asks QEMU what is there and believes nothing else.
- * Order: guest back onto its own node, shield, job (and with it the filter), target, exports, server, bitmaps.
+ * Order: exports, guest back onto its own node, shield, job (and with it the filter), target, server, bitmaps.
  * @throws CdpError TIMEOUT, CLOSED, QMP_COMMAND: part of it may be left; call again.
  */
 export const detachCapture = async (qmp: Qmp, options: DetachOptions): Promise<TakenAway> => {
@@ -62,10 +62,11 @@ const lowerShields = async (qmp: Qmp, state: BlockState, isMine: (name: string) 
   return shields
 }
 
-// A ready job is asked to end: what it has in flight still reaches the target. When that takes too long it is cut off.
+// A ready job is asked to end: what it has in flight still reaches the target. When that takes too long it is cut off. A
+// paused one (an attach broken off half way) can only be cut off.
 const endJobs = async (qmp: Qmp, state: BlockState, jobs: readonly string[], deadlineMs: number): Promise<void> => {
   const sinceMark = qmp.eventMark
-  const pending = jobs.map((job) => ({ job, ready: state.jobs.some((candidate) => candidate.id === job && candidate.ready) }))
+  const pending = jobs.map((job) => ({ job, ready: state.jobs.some((candidate) => candidate.id === job && candidate.ready && !candidate.paused) }))
   for (const { job, ready } of pending) await cancelJob(qmp, job, !ready, deadlineMs)
   for (const { job } of pending) {
     try {
@@ -89,8 +90,8 @@ const cancelJob = async (qmp: Qmp, job: string, force: boolean, deadlineMs: numb
 
 const removeBitmaps = async (qmp: Qmp, keys: readonly string[] | undefined, deadlineMs: number): Promise<string[]> => {
   const [state, stats] = await Promise.all([queryBlockState(qmp), qmp.execute('query-blockstats')])
-  const mine = new Set([...readChains(stats)].flatMap(([qdev, chain]) => (keys === undefined || keys.includes(keyOfQdev(qdev) ?? '') ? chain : [])))
-  const bitmaps = state.nodes.filter((node) => keys === undefined || mine.has(node.name)).flatMap((node) => node.bitmaps).filter((bitmap) => bitmapNumber(bitmap.name) !== undefined)
+  const ofKeys = new Set([...readChains(stats)].flatMap(([qdev, chain]) => (keys === undefined || keys.includes(keyOfQdev(qdev) ?? '') ? chain : [])))
+  const bitmaps = state.nodes.filter((node) => keys === undefined || ofKeys.has(node.name)).flatMap((node) => node.bitmaps).filter((bitmap) => bitmapNumber(bitmap.name) !== undefined)
   for (const { node, name } of bitmaps) await qmp.execute('block-dirty-bitmap-remove', { node, name }, { deadlineMs })
   return bitmaps.map(({ name, node }) => `${node}/${name}`)
 }

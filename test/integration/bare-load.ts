@@ -22,10 +22,25 @@ export const openWriteDoor = async (vm: BareVm): Promise<string> => {
     for (const { key } of vm.disks) {
       const device = devices.find((candidate) => typeof candidate['qdev'] === 'string' && candidate['qdev'].split('/').includes(key))
       const node = stringField(asObject(device?.['inserted'], 'inserted'), 'node-name')
-      await qmp.execute('block-export-add', { type: 'nbd', id: `door-${key}`, 'node-name': node, name: key, writable: true, iothread: ioThreadOf(key), 'fixed-iothread': true })
+      await untilAccepted(() => qmp.execute('block-export-add', {
+        type: 'nbd', id: `door-${key}`, 'node-name': node, name: key, writable: true, iothread: ioThreadOf(key), 'fixed-iothread': true }))
     }
   })
   return socketPath
+}
+
+// virtio-blk refuses its iothread to others until the firmware has started the device.
+const untilAccepted = async (act: () => Promise<unknown>): Promise<void> => {
+  const endsAtMs = performance.now() + 10_000
+  while (true) {
+    try {
+      await act()
+      return
+    } catch (error) {
+      if (!String(error).includes('Cannot change iothread') || performance.now() > endsAtMs) throw error
+      await new Promise((resolve) => setTimeout(resolve, 20))
+    }
+  }
 }
 
 export type FioLoad = {

@@ -175,7 +175,7 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
 test('a QEMU below 9.0 is refused before anything is asked of it', async () => {
   const asked: string[] = []
   const old = { version: { major: 7, minor: 2, micro: 22, package: '' }, execute: (command: string) => (asked.push(command), Promise.resolve([])) }
-  await expect(discoverDisks(old)).rejects.toMatchObject({ code: 'QEMU_TOO_OLD', message: expect.stringContaining('7.2.22') as string })
+  await expect(discoverDisks(old)).rejects.toMatchObject({ code: 'QEMU_TOO_OLD', message: expect.stringContaining('7.2.22') as unknown })
   expect(asked).toEqual([])
 })
 
