@@ -1,0 +1,136 @@
+import { readdir } from 'node:fs/promises'
+import { join } from 'node:path'
+import { CdpError, errorCode } from '../../core/errors/index.ts'
+import type { FilePool } from './file-pool.ts'
+import type { RunPlace } from './run-reader.ts'
+import {
+  SEGMENT_HEADER_BYTES, SEGMENT_TRAILER_BYTES, firstSeqOfSegmentFile, parseSegmentHeader, parseSegmentTrailer, segmentFileName,
+} from './segment-layout.ts'
+
+export const journalDirectory = (vmDirectory: string): string => join(vmDirectory, 'journal')
+export const runsDirectory = (vmDirectory: string): string => join(vmDirectory, 'runs')
+
+/** A merged run by its file name: it covers the segments first ... last. */
+export type RunFile = { level: number; firstSegment: number; lastSegment: number; path: string; runBytes?: number }
+
+export const runFileName = (level: number, firstSegment: number, lastSegment: number): string => `${level}-${firstSegment}-${lastSegment}.run`
+
+/** The segments of a VM: number and first sequence, the oldest first. Known from the file names and two headers. */
+export class SegmentList {
+  readonly directory: string
+  readonly firstNumber: number
+  readonly firstSeqs: Float64Array
+
+  constructor(directory: string, firstNumber: number, firstSeqs: Float64Array) {
+    this.directory = directory
+    this.firstNumber = firstNumber
+    this.firstSeqs = firstSeqs
+  }
+
+  get count(): number {
+    return this.firstSeqs.length
+  }
+
+  get lastNumber(): number {
+    return this.firstNumber + this.count - 1
+  }
+
+  has(number: number): boolean {
+    return number >= this.firstNumber && number <= this.lastNumber
+  }
+
+  firstSeq(number: number): number {
+    return this.firstSeqs[number - this.firstNumber]
+  }
+
+  /** Last sequence of a segment, or undefined for the newest, which may grow. */
+  lastSeq(number: number): number | undefined {
+    return number < this.lastNumber ? this.firstSeq(number + 1) - 1 : undefined
+  }
+
+  path(number: number): string {
+    return join(this.directory, segmentFileName(this.firstSeq(number)))
+  }
+
+  /** Number of the segment that holds (or will hold) `seq`; undefined if it lies before the first. */
+  numberOf(seq: number): number | undefined {
+    let low = 0
+    let high = this.count
+    while (low < high) {
+      const middle = (low + high) >>> 1
+      if (this.firstSeqs[middle] <= seq) low = middle + 1
+      else high = middle
+    }
+    return low === 0 ? undefined : this.firstNumber + low - 1
+  }
+}
+
+const readNumber = async (files: FilePool, directory: string, firstSeq: number): Promise<number | undefined> => {
+  const header = Buffer.alloc(SEGMENT_HEADER_BYTES)
+  const bytes = await files.read(join(directory, segmentFileName(firstSeq)), header, 0)
+  return bytes < SEGMENT_HEADER_BYTES ? undefined : parseSegmentHeader(header).segmentNumber
+}
+
+/**
+ * The segments of a VM as they are now. A newest file without a header is one that is just being made and is left out.
+ * @throws CdpError JOURNAL_DAMAGED if a segment is missing in the middle
+ */
+export const listSegments = async (vmDirectory: string, files: FilePool): Promise<SegmentList> => {
+  const directory = journalDirectory(vmDirectory)
+  for (let attempt = 0; ; attempt++) {
+    const names = await readdir(directory).catch((error: unknown) => {
+      if (errorCode(error) === 'ENOENT') return []
+      throw error
+    })
+    let firstSeqs = Float64Array.from(names.map(firstSeqOfSegmentFile).filter((seq) => seq !== undefined)).sort()
+    try {
+      if (firstSeqs.length === 0) return new SegmentList(directory, 0, firstSeqs)
+      let last = await readNumber(files, directory, firstSeqs[firstSeqs.length - 1])
+      if (last === undefined) {
+        firstSeqs = firstSeqs.slice(0, -1)
+        if (firstSeqs.length === 0) return new SegmentList(directory, 0, firstSeqs)
+        last = await readNumber(files, directory, firstSeqs[firstSeqs.length - 1])
+      }
+      const first = await readNumber(files, directory, firstSeqs[0])
+      if (first === undefined || last === undefined || last - first !== firstSeqs.length - 1) {
+        throw new CdpError('JOURNAL_DAMAGED', 'the journal lacks a segment in the middle', { context: { directory, first, last, files: firstSeqs.length } })
+      }
+      return new SegmentList(directory, first, firstSeqs)
+    } catch (error) {
+      // A segment that retention took away while we listed: list again.
+      if (errorCode(error) !== 'ENOENT' || attempt === 4) throw error
+    }
+  }
+}
+
+/** The merged runs of a VM, by their names. */
+export const listRunFiles = async (vmDirectory: string): Promise<RunFile[]> => {
+  const directory = runsDirectory(vmDirectory)
+  const names = await readdir(directory).catch((error: unknown) => {
+    if (errorCode(error) === 'ENOENT') return []
+    throw error
+  })
+  const runs: RunFile[] = []
+  for (const name of names) {
+    const match = /^(\d{1,2})-(\d{1,15})-(\d{1,15})\.run$/.exec(name)
+    if (match !== null) runs.push({ level: Number(match[1]), firstSegment: Number(match[2]), lastSegment: Number(match[3]), path: join(directory, name) })
+  }
+  return runs
+}
+
+/** Where the leaf run of a segment stands, or undefined if the segment is not sealed. */
+export const locateLeafRun = async (files: FilePool, path: string, sizeBytes: number): Promise<RunPlace | undefined> => {
+  if (sizeBytes < SEGMENT_HEADER_BYTES + SEGMENT_TRAILER_BYTES) return undefined
+  const trailer = Buffer.alloc(SEGMENT_TRAILER_BYTES)
+  const bytes = await files.read(path, trailer, sizeBytes - SEGMENT_TRAILER_BYTES)
+  if (bytes < SEGMENT_TRAILER_BYTES) return undefined
+  try {
+    const { runOffsetBytes, runBytes } = parseSegmentTrailer(trailer)
+    if (runOffsetBytes + runBytes + SEGMENT_TRAILER_BYTES !== sizeBytes) return undefined
+    return { path, offsetBytes: runOffsetBytes, runBytes }
+  } catch (error) {
+    // No trailer, or one that is damaged: the frames say the same, more slowly.
+    if (errorCode(error) === 'FORMAT' || errorCode(error) === 'CHECKSUM') return undefined
+    throw error
+  }
+}
