@@ -1,8 +1,10 @@
 import type { X509Certificate } from 'node:crypto'
+import type { TLSSocket } from 'node:tls'
 import { openTls } from './connect.ts'
 import { pairProtocol } from './protocols.ts'
 
 const maxChainLength = 4
+const closeWithinMs = 1000
 
 /**
  * The certificates that a server shows, its own first, *not verified*. For pairing only, where trust begins with a fingerprint:
@@ -18,6 +20,19 @@ export const readServerChain = async (options: { host: string; port: number; dea
     }
     return chain
   } finally {
-    socket.on('error', () => undefined).destroy()
+    await endQuietly(socket)
   }
+}
+
+// An orderly end, so that the server does not take it for a broken handshake; one that does not close is left.
+const endQuietly = async (socket: TLSSocket): Promise<void> => {
+  const { promise, resolve } = Promise.withResolvers<void>()
+  socket
+    .on('error', () => resolve())
+    .once('close', () => resolve())
+    .setTimeout(closeWithinMs, () => resolve())
+    .resume()
+    .end()
+  await promise
+  socket.destroy()
 }
