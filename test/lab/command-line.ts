@@ -94,7 +94,7 @@ const legacyDrive = ({ key, path, format, discard }: VmDisk): string =>
 const blockdev = ({ key, path, format, discard }: VmDisk): Record<string, unknown> => {
   const hash = createHash('sha256').update(`drive-${key}`).update(path).digest('hex').slice(0, 30)
   const common = { cache: { direct: true, 'no-flush': false }, 'detect-zeroes': discard ? 'unmap' : 'on', discard: discard ? 'unmap' : 'ignore', 'read-only': false }
-  const { cache: _cache, ...top } = common
+  const top = { ...common, cache: undefined } // JSON leaves it out: Proxmox gives the top node no cache
   const driver = path.startsWith('/dev/') ? 'host_device' : 'file'
   const file = { ...common, driver, aio: 'io_uring', filename: path, 'node-name': `e${hash}` }
   return { ...top, driver: 'throttle', file: { ...common, driver: format, file, 'node-name': `f${hash}` }, 'node-name': `drive-${key}`, 'throttle-group': `throttle-drive-${key}` }

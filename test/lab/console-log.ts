@@ -36,7 +36,7 @@ export class ConsoleLog {
         done(() => reject(new CdpError(code, `${this.#path}: ${why} waiting for ${String(pattern)}; last lines:\n${this.lines.slice(-15).join('\n')}`)))
       const look = (): void => {
         for (; next < this.lines.length; next++) {
-          const line = this.lines[next]!
+          const line = this.lines[next]
           if (pattern.test(line)) return done(() => resolve(line))
         }
         if (this.#closed) fail('CLOSED', 'it ended')

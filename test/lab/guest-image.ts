@@ -45,7 +45,7 @@ const moduleEntries = async (tree: string, version: string): Promise<CpioEntry[]
   const contents = await Promise.all(order.map((name) => unpacked(files.get(name)!)))
   return [
     ...['lib', 'lib/modules'].map((name) => ({ name, mode: 0o040755 })),
-    ...order.map((name, index) => ({ name: `lib/modules/${name}.ko`, mode: 0o100644, content: contents[index]! })),
+    ...order.map((name, index) => ({ name: `lib/modules/${name}.ko`, mode: 0o100644, content: contents[index] })),
     { name: 'lib/modules/order', mode: 0o100644, content: Buffer.from(order.map((name) => `${name}.ko\n`).join('')) },
   ]
 }

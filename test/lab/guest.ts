@@ -70,7 +70,8 @@ export class Guest {
 
   /** What a job has printed so far. */
   async outputOf(job: GuestJob): Promise<string> {
-    return this.check(`cat ${jobDir(job.id)}/out`)
+    const { exitCode, stdout } = await this.run(`cat ${jobDir(job.id)}/out`)
+    return exitCode === 0 ? stdout : (await job.ended).stdout // it has ended in between, and the guest has forgotten it
   }
 
   /** Ends a job with its children and waits for that. */

@@ -57,7 +57,7 @@ export const startVm = async (options: StartVmOptions): Promise<LabVm> => {
   const stderr = openSync(paths.stderr, 'w')
   const qemu = ['qemu-system-x86_64', ...proxmoxCommandLine(line)]
   const [command, ...args] = options.outliveParent ? qemu : ['setpriv', '--pdeathsig', 'KILL', '--', ...qemu]
-  const child = spawn(command!, args, { stdio: ['ignore', stderr, stderr], detached: options.outliveParent ?? false })
+  const child = spawn(command, args, { stdio: ['ignore', stderr, stderr], detached: options.outliveParent ?? false })
   closeSync(stderr)
   const ended = new Promise<void>((resolve) => child.on('exit', () => resolve()).on('error', () => resolve()))
   const diagnosis = (): string => readFileSync(paths.stderr, 'utf8').trim()

@@ -1,0 +1,162 @@
+import { afterEach, beforeEach, describe, expect, test } from '@jest/globals'
+import { spawn } from 'node:child_process'
+import { existsSync, mkdirSync, readFileSync } from 'node:fs'
+import {
+  attachGuest, bootGuest, checkExt4, checkPrefix, createOverlay, durableRecord, endProcess, extractExt4, isAlive, leaksOf, makeExt4Image, makeTempDir, manifestDifferences, manifestOf, pathsOf,
+  readJournal, runRansomware, startJournalWriter, startVm, tool, unregisterVm, writeDocuments, type TempDir, type VmShape,
+} from '../lab/index.ts'
+
+const shapes: readonly VmShape[] = ['8.4', '9.x']
+const MiB = 1 << 20
+
+let dir: TempDir
+beforeEach(() => {
+  dir = makeTempDir()
+})
+afterEach(async () => {
+  const left = leaksOf(dir.path)
+  await dir[Symbol.asyncDispose]()
+  expect(left).toEqual([])
+})
+
+const disk = async (name: string, options: { format?: 'raw' | 'qcow2' } = {}): Promise<string> => {
+  const path = `${dir.path}/${name}`
+  await makeExt4Image(path, 128 * MiB, options)
+  return path
+}
+
+const journalsOf = async (images: readonly { path: string; format: 'raw' | 'qcow2' }[]): Promise<string[]> => {
+  const texts: string[] = []
+  for (const [index, { path, format }] of images.entries()) {
+    const target = `${dir.path}/files-${index}`
+    mkdirSync(target)
+    await extractExt4(path, '/journal', target, format)
+    const { stdout } = await tool('sh', ['-c', 'cat "$1"/journal/*.log', '-', target])
+    texts.push(stdout)
+  }
+  return texts
+}
+
+describe.each(shapes)('a guest in the shape of %s', (shape) => {
+  test('boots, runs commands, goes down by the power button and leaves clean file systems', async () => {
+    const disks = [
+      { key: 'scsi0', path: await disk('a.raw'), format: 'raw' as const },
+      { key: 'scsi1', path: await disk('b.qcow2', { format: 'qcow2' }), format: 'qcow2' as const },
+      { key: 'virtio0', path: await disk('c.raw'), format: 'raw' as const },
+    ]
+    await using guest = await bootGuest({ rootDir: dir.path, vmId: 101, shape, disks, agent: true, mount: ['scsi0', 'scsi1', 'virtio0'] })
+    console.log(`boot in the shape of ${shape}: ${Math.round(guest.bootMs)} ms`)
+
+    const blocks = (await guest.vm.monitor.run('query-block')) as { device: string; qdev: string; inserted: { 'node-name': string; file: string } }[]
+    const byQdev = new Map(blocks.map((block) => [block.qdev.replace('/machine/peripheral/', '').replace('/virtio-backend', ''), block]))
+    for (const { key, path } of disks) {
+      const block = byQdev.get(key)
+      expect(block?.device).toBe(shape === '8.4' ? `drive-${key}` : '')
+      if (shape === '9.x') expect(block?.inserted['node-name']).toBe(`drive-${key}`)
+      else expect(block?.inserted['node-name']).toMatch(/^#block\d+$/)
+      expect(block?.inserted.file).toContain(path)
+    }
+
+    expect(await guest.run('echo out; echo err >&2; exit 7')).toEqual({ exitCode: 7, stdout: 'out\n', stderr: 'err\n' })
+    const numbers = await guest.check('seq 20000; cat >/dev/ttyS0 </proc/version')
+    expect(numbers).toBe(Array.from({ length: 20_000 }, (_, index) => `${index + 1}\n`).join(''))
+    const long = 'x'.repeat(10_000)
+    expect(await guest.check(`echo ${long}`)).toBe(`${long}\n`)
+    const many = await Promise.all(Array.from({ length: 8 }, (_, index) => guest.check(`echo ${index}; seq 300 | md5sum`)))
+    expect(many.map((text) => text.split('\n')[0])).toEqual(['0', '1', '2', '3', '4', '5', '6', '7'])
+    await expect(guest.run('sleep 60', { deadlineMs: 500 })).rejects.toMatchObject({ code: 'TIMEOUT' })
+    const job = guest.start('echo begun; sleep 60')
+    await expect(guest.end(job)).resolves.toMatchObject({ stdout: 'begun\n' })
+
+    await guest.check('for key in scsi0 scsi1 virtio0; do echo "$key" >/mnt/$key/key; done')
+    expect(await guest.stop()).toBe(true)
+    expect(isAlive(guest.vm.pid)).toBe(false)
+    for (const { path, format } of disks) expect(await checkExt4(path, dir.path, format)).toMatchObject({ clean: true, replayed: false })
+    mkdirSync(`${dir.path}/out`)
+    await extractExt4(disks[1]!.path, '/key', `${dir.path}/out`, 'qcow2')
+    expect(readFileSync(`${dir.path}/out/key`, 'utf8')).toBe('scsi1\n')
+  }, 120_000)
+
+  test('kill -9 under fsync load: the journal replay leaves clean file systems, and the records on both disks are a prefix that has all acknowledged ones', async () => {
+    const disks = [
+      { key: 'scsi0', path: await disk('a.raw'), format: 'raw' as const },
+      { key: 'scsi1', path: await disk('b.raw'), format: 'raw' as const },
+    ]
+    await using guest = await bootGuest({ rootDir: dir.path, vmId: 102, shape, disks, mount: ['scsi0', 'scsi1'] })
+    const startedAt = performance.now()
+    const job = startJournalWriter(guest, ['/mnt/scsi0', '/mnt/scsi1'])
+    await guest.check('until [ "$(cat /run/lab/journal-writer 2>/dev/null || echo 0)" -ge 200 ]; do usleep 50000; done', { deadlineMs: 60_000 })
+    const durable = await durableRecord(guest)
+    console.log(`${Math.round((durable * 1000) / (performance.now() - startedAt))} fsyncs a second in the shape of ${shape}`)
+    await guest.kill()
+    await expect(job.ended).rejects.toMatchObject({ code: 'CLOSED' })
+    expect(existsSync(pathsOf(dir.path, 102).pid)).toBe(false)
+    for (const { path } of disks) expect(await checkExt4(path, dir.path)).toMatchObject({ clean: true, replayed: true })
+    const report = checkPrefix(await journalsOf(disks))
+    expect(report).toMatchObject({ ok: true })
+    expect(report.last).toBeGreaterThanOrEqual(durable)
+  }, 120_000)
+})
+
+test('the same VM boots from an overlay over an NBD export, and the export stays as it was', async () => {
+  const base = await disk('base.raw')
+  const socket = `${dir.path}/nbd`
+  {
+    await using guest = await bootGuest({ rootDir: dir.path, vmId: 101, shape: '9.x', disks: [{ key: 'scsi0', path: base, format: 'raw' }], mount: ['scsi0'] })
+    await writeDocuments(guest, '/mnt/scsi0/documents', 50, 1)
+    await guest.stop()
+  }
+  const before = (await tool('sha256sum', [base])).stdout
+  const server = spawn('qemu-nbd', ['--read-only', '--persistent', '--shared=4', '-f', 'raw', '-x', 'point', '-k', socket, base], { stdio: 'ignore' })
+  try {
+    const uri = `nbd+unix:///point?socket=${socket}`
+    await createOverlay(`${dir.path}/overlay.qcow2`, uri, 128 * MiB)
+    await using guest = await bootGuest({ rootDir: dir.path, vmId: 201, shape: '9.x', disks: [{ key: 'scsi0', path: `${dir.path}/overlay.qcow2`, format: 'qcow2' }], mount: ['scsi0'] })
+    const documents = await manifestOf(guest, '/mnt/scsi0/documents')
+    expect(documents.size).toBe(50)
+    expect(await runRansomware(guest, '/mnt/scsi0/documents')).toBe(50)
+    expect(manifestDifferences(documents, await manifestOf(guest, '/mnt/scsi0/documents')).length).toBe(101)
+    expect(await guest.stop()).toBe(true)
+    expect(await checkExt4(`${dir.path}/overlay.qcow2`, dir.path, 'qcow2')).toMatchObject({ clean: true })
+  } finally {
+    await endProcess(server.pid!)
+  }
+  expect((await tool('sha256sum', [base])).stdout).toBe(before)
+}, 120_000)
+
+test('.conf and .vmlist follow the VMs, two under one root, started at once', async () => {
+  const [a, b] = [await disk('a.raw'), await disk('b.raw')]
+  const vms = await Promise.all([
+    startVm({ rootDir: dir.path, vmId: 101, shape: '8.4', disks: [{ key: 'scsi0', path: a, format: 'raw' }] }),
+    startVm({ rootDir: dir.path, vmId: 102, shape: '9.x', disks: [{ key: 'virtio0', path: b, format: 'raw' }] }),
+  ])
+  const list = (): unknown => JSON.parse(readFileSync(pathsOf(dir.path, 101).vmlist, 'utf8'))
+  expect(list()).toMatchObject({ version: 2, ids: { 101: { node: 'lab', type: 'qemu' }, 102: { node: 'lab', type: 'qemu' } } })
+  expect(readFileSync(pathsOf(dir.path, 101).config, 'utf8')).toContain(`\nscsi0: ${a},iothread=1,size=128M\n`)
+  expect(Number(readFileSync(pathsOf(dir.path, 102).pid, 'utf8'))).toBe(vms[1].pid)
+  await expect(startVm({ rootDir: dir.path, vmId: 101, shape: '8.4', disks: [] })).rejects.toMatchObject({ code: 'CONFLICT' })
+  await Promise.all(vms.map((vm) => vm[Symbol.asyncDispose]()))
+  await vms[0][Symbol.asyncDispose]()
+  expect(existsSync(pathsOf(dir.path, 101).config)).toBe(true)
+  unregisterVm(dir.path, 101)
+  expect(Object.keys((list() as { ids: object }).ids)).toEqual(['102'])
+}, 60_000)
+
+test('QEMU that does not start says why and leaves nothing running', async () => {
+  await tool('truncate', ['-s', '1M', `${dir.path}/a.raw`])
+  const start = startVm({ rootDir: dir.path, vmId: 101, shape: '9.x', disks: [{ key: 'scsi0', path: `${dir.path}/a.raw`, format: 'raw', sizeBytes: MiB }, { key: 'scsi0', path: `${dir.path}/a.raw`, format: 'raw' }] })
+  await expect(start).rejects.toMatchObject({ code: 'CLOSED', message: expect.stringContaining('scsi0') })
+})
+
+test('a running guest is taken over by another client, and a power failure needs no help of the guest', async () => {
+  const image = await disk('a.raw')
+  await using guest = await bootGuest({ rootDir: dir.path, vmId: 101, shape: '9.x', disks: [{ key: 'scsi0', path: image, format: 'raw' }], mount: ['scsi0'] })
+  await guest.check('journal-writer 70 /mnt/scsi0', { deadlineMs: 60_000 })
+  guest.channel.close()
+  const second = await attachGuest(dir.path, 101)
+  const text = await readJournal(second, '/mnt/scsi0')
+  expect(checkPrefix([text])).toEqual({ ok: true, last: 70 })
+  second.detach()
+  await guest.vm.quit()
+  expect(await checkExt4(image, dir.path)).toMatchObject({ clean: true, replayed: true })
+}, 90_000)
