@@ -123,7 +123,7 @@ export class CaptureSession implements AsyncDisposable {
     for (const disk of disks) {
       await using client = await NbdClient.connect({ path: exportSocketPath }, {
         exportName: disk.exportName,
-        metaContexts: ['base:allocation', ...(disk.bitmap === undefined ? [] : [`qemu:dirty-bitmap:${disk.bitmap}`])],
+        metaContexts: ['base:allocation', ...(disk.bitmapContext === undefined ? [] : [disk.bitmapContext])],
         signal: abort.signal,
       })
       const before = doneBytes
@@ -132,7 +132,7 @@ export class CaptureSession implements AsyncDisposable {
         disk, client, sink: this.#recorder, guard: this.#guard, slabs: this.#largeSlabs, admit, readsInFlight: READS_IN_FLIGHT, signal: abort.signal,
         onProgress: (bytes, scannedToBytes) => {
           copiedBytes += bytes
-          doneBytes = before + (disk.bitmap === undefined ? scannedToBytes : copiedBytes)
+          doneBytes = before + (disk.bitmapContext === undefined ? scannedToBytes : copiedBytes)
           this.#options.emit({ is: 'sync', doneBytes, totalBytes })
         },
       }).run()

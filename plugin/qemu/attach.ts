@@ -1,6 +1,6 @@
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import type { Qmp } from '../../core/qmp/index.ts'
-import { planAttach } from './attach-plan.ts'
+import { currentBitmap, planAttach } from './attach-plan.ts'
 import type { AttachStep, AttachTarget } from './attach-plan.ts'
 import { queryBlockState } from './block-state.ts'
 import { readCounters } from './counters.ts'
@@ -25,7 +25,8 @@ export type AttachOptions = AttachTarget & {
 export type AttachedDisk = {
   key: string
   names: DiskNames
-  bitmap: { node: string; name: string }
+  /** `existed`: it recorded before this attach began. */
+  bitmap: { node: string; name: string; existed: boolean }
   /** The guest's counters right after READY of all disks. Under load the writes in flight at that moment count on one side only. */
   countersAtReady: DiskCounters
 }
@@ -38,12 +39,13 @@ export type AttachedDisk = {
  */
 export const attachCapture = async (qmp: Qmp, disks: readonly QemuDisk[], options: AttachOptions): Promise<AttachedDisk[]> => {
   requireVersion(qmp)
-  const plan = planAttach(disks, await queryBlockState(qmp), options)
+  const state = await queryBlockState(qmp)
+  const plan = planAttach(disks, state, options)
   const counters = await runSteps(qmp, disks, plan.steps, options)
   return disks.map((disk) => {
     const countersAtReady = counters.get(disk.key)
     if (!countersAtReady) throw new CdpError('QMP_PROTOCOL', `QEMU shows no counters of ${disk.key}`)
-    return { key: disk.key, names: namesOf(disk.key), bitmap: { node: disk.bitmapNode, name: plan.bitmaps.get(disk.key) ?? '' }, countersAtReady }
+    return { key: disk.key, names: namesOf(disk.key), bitmap: { node: disk.bitmapNode, name: plan.bitmaps.get(disk.key) ?? '', existed: currentBitmap(disk, state).exists }, countersAtReady }
   })
 }
 

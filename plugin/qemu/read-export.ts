@@ -24,6 +24,8 @@ export type ReadExport = {
   sizeBytes: number
   /** Name for NBD_OPT_SET_META_CONTEXT, 'qemu:dirty-bitmap:cdp-bitmap-3'; undefined if the disk has no rotated bitmap or none was asked for. */
   bitmapContext: string | undefined
+  /** What that bitmap holds; 0 without one. */
+  dirtyBytes: number
 }
 
 /** NBD's first eight bytes (NBD protocol, "Newstyle negotiation"). */
@@ -77,7 +79,7 @@ export const openReadExport = async (qmp: Qmp, disks: readonly QemuDisk[], optio
         type: 'nbd', id: readExport, 'node-name': disk.readNode, name: readExport, writable: false,
         ...(bitmap ? { bitmaps: [{ node: bitmap.node, name: bitmap.name }] } : {}),
       }, { deadlineMs })
-      opened.push({ key: disk.key, socketPath, exportName: readExport, sizeBytes: disk.sizeBytes, bitmapContext: bitmap ? `qemu:dirty-bitmap:${bitmap.name}` : undefined })
+      opened.push({ key: disk.key, socketPath, exportName: readExport, sizeBytes: disk.sizeBytes, bitmapContext: bitmap ? `qemu:dirty-bitmap:${bitmap.name}` : undefined, dirtyBytes: bitmap?.dirtyBytes ?? 0 })
     }
     return opened
   } catch (error) {
@@ -95,11 +97,13 @@ export const closeReadExport = async (qmp: Qmp, options: { socketPath: string; k
   await stopServerIfOurs(qmp, options.socketPath, deadlineMs)
 }
 
-/** Ends the exports with their clients' connections and waits until QEMU has let go of them. */
+/** Ends the exports with their clients' connections and waits until QEMU has let go of them. One that is gone already is no error. */
 export const removeExports = async (qmp: Qmp, ids: readonly string[], deadlineMs: number): Promise<void> => {
   for (const id of ids) {
     const sinceMark = qmp.eventMark
-    await qmp.execute('block-export-del', { id, mode: 'hard' }, { deadlineMs })
+    const found = readExports(await qmp.execute('query-block-exports')).find((entry) => entry.id === id)
+    if (!found) continue
+    if (!found.shuttingDown) await qmp.execute('block-export-del', { id, mode: 'hard' }, { deadlineMs })
     await qmp.waitForEvent((event) => event.event === 'BLOCK_EXPORT_DELETED' && event.data['id'] === id, { deadlineMs, sinceMark })
   }
 }

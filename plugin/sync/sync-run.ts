@@ -24,8 +24,8 @@ export type SyncDisk = {
   sizeBytes: number
   /** Everything below is at the agent already. */
   fromBytes: number
-  /** Name of the dirty bitmap whose extents are copied below `fromBytes` (and above it, everything if `wholeAbove`). */
-  bitmap?: string
+  /** Metadata context of the dirty bitmap ("qemu:dirty-bitmap:NAME") whose extents are copied: below `fromBytes` if `wholeAbove`, else everywhere. */
+  bitmapContext?: string
   /** True: from `fromBytes` on everything allocated is copied; false: only what the bitmap says. */
   wholeAbove: boolean
 }
@@ -65,7 +65,7 @@ export class SyncRun {
   /** Resolves when everything has become a record. @throws what the NBD client throws, or the signal's reason */
   async run(): Promise<void> {
     const { disk } = this.#options
-    if (disk.bitmap !== undefined) await this.#copy(0, disk.wholeAbove ? disk.fromBytes : disk.sizeBytes, disk.bitmap)
+    if (disk.bitmapContext !== undefined) await this.#copy(0, disk.wholeAbove ? disk.fromBytes : disk.sizeBytes, disk.bitmapContext)
     if (disk.wholeAbove) await this.#copy(disk.fromBytes, disk.sizeBytes)
   }
 
@@ -91,7 +91,7 @@ export class SyncRun {
     signal.throwIfAborted()
     this.#throwIfFailed()
     const read = guard.register(disk.disk, offsetBytes, lengthBytes)
-    const context = bitmap === undefined ? BASE_ALLOCATION : `qemu:dirty-bitmap:${bitmap}`
+    const context = bitmap ?? BASE_ALLOCATION
     const reply = await client.blockStatus(offsetBytes, lengthBytes)
     const spans = read.take()
     const extents: Extent[] = []

@@ -1,0 +1,368 @@
+import { join } from 'node:path'
+import { CdpError, errorMessage } from '../../core/errors/index.ts'
+import type { Logger } from '../../core/log/index.ts'
+import type { ClientTls } from '../../core/pki/index.ts'
+import type { DiskEntry } from '../../core/record/index.ts'
+import type { StateNews } from '../../core/stream/index.ts'
+import { CaptureWorker } from '../capture/index.ts'
+import type { CaptureEvent, CaptureStats } from '../capture/index.ts'
+import type { QemuDisk } from '../qemu/index.ts'
+import { attachJobs, lookAtCounters, meetVm, planSync, retireBitmaps, runSync, takeAway, toDiskEntries } from './attach-procedure.ts'
+import type { AttachContext } from './attach-procedure.ts'
+import { CounterProof } from './counter-proof.ts'
+import { findRunningVm, readVmConfig } from './vm-files.ts'
+import type { ProxmoxPaths, RunningVm } from './vm-files.ts'
+import { VmMemoryFile } from './vm-memory.ts'
+import { next } from './vm-state.ts'
+import type { VmEffect, VmEvent, VmState } from './vm-state.ts'
+
+export type ProtectSettings = {
+  paths: ProxmoxPaths
+  stateDirectory: string
+  /** Unix sockets of ours; short, see sun_path. */
+  runDirectory: string
+  memoryBytesPerVm: number
+  lingerMs: number
+  /** 0: no limit. */
+  syncRateBytesPerSec: number
+  proofEveryMs: number
+  slowAck: { p99Ms: number; maxMs: number }
+  /** NBD servers that run inside a VM's QEMU already, by VM id: syncs read through them. */
+  existingNbdServers: Record<string, string>
+}
+
+export type AgentAddress = { host: string; port: number; tls: ClientTls }
+
+export type ProtectedVmOptions = {
+  vmId: number
+  vpg: string
+  vms: string[]
+  settings: ProtectSettings
+  agent: AgentAddress
+  groupClock: SharedArrayBuffer
+  log: Logger
+  onChange: (vmId: number, state: VmState) => void
+  onNews: (news: StateNews) => void
+  nowUnixMs?: () => number
+}
+
+const POLL_MS = 1_000
+const BEAT_CHECK_MS = 200
+const HUNG_MS = 1_000
+const RETRY_FIRST_MS = 1_000
+const RETRY_MAX_MS = 30_000
+const END_DEADLINE_MS = 5_000
+const IN_FLIGHT_BYTES = 16 * 1024 * 1024
+
+/** Protection of one VM: watches for it, attaches capture, brings the agent in step, and begins again after whatever went wrong. */
+export class ProtectedVm implements AsyncDisposable {
+  readonly vmId: number
+  readonly #options: ProtectedVmOptions
+  readonly #log: Logger
+  readonly #memory: VmMemoryFile
+  readonly #nowUnixMs: () => number
+  #state: VmState
+  #running: RunningVm | undefined
+  #worker: CaptureWorker | undefined
+  #workerDisks: DiskEntry[] = []
+  #openTargets = new Map<string, number>()
+  #stats: CaptureStats | undefined
+  #attachNumber = 0
+  #watchingTargets = false
+  #proofs = new Map<string, CounterProof>()
+  #proofBusy = false
+  #retryMs = RETRY_FIRST_MS
+  #timers: NodeJS.Timeout[] = []
+  #retry: NodeJS.Timeout | undefined
+  #work: Promise<void> = Promise.resolve()
+  #polling = false
+  #stopped = false
+  #lastBeat = 0
+  #lastBeatMs = 0
+  #durableWaiters: { seq: number; resolve: () => void; reject: (error: CdpError) => void }[] = []
+
+  constructor(options: ProtectedVmOptions) {
+    this.vmId = options.vmId
+    this.#options = options
+    this.#log = options.log.child({ vmId: options.vmId })
+    this.#memory = new VmMemoryFile(options.settings.stateDirectory, options.vmId)
+    this.#nowUnixMs = options.nowUnixMs ?? Date.now
+    this.#state = { is: 'detached', why: 'the VM has not been looked for yet', sinceUnixMs: this.#nowUnixMs() }
+  }
+
+  get state(): VmState {
+    return this.#state
+  }
+
+  get stats(): CaptureStats | undefined {
+    return this.#stats
+  }
+
+  get disks(): readonly DiskEntry[] {
+    return this.#workerDisks
+  }
+
+  /** The worker, while what it captures is complete and in step. */
+  get streamingWorker(): CaptureWorker | undefined {
+    return this.#state.is === 'streaming' ? this.#worker : undefined
+  }
+
+  start(): void {
+    this.#timers.push(
+      setInterval(() => void this.#poll(), POLL_MS),
+      setInterval(() => this.#watchBeat(), BEAT_CHECK_MS),
+      setInterval(() => void this.#prove(), this.#options.settings.proofEveryMs),
+    )
+    void this.#poll()
+  }
+
+  /** Ends protection. Bitmaps stay if it will go on later (restart, upgrade), else nothing of ours is left in QEMU. */
+  async stop(keepBitmaps: boolean): Promise<void> {
+    if (this.#stopped) return
+    this.#stopped = true
+    for (const timer of this.#timers) clearInterval(timer)
+    clearTimeout(this.#retry)
+    this.#watchingTargets = false
+    this.#attachNumber++
+    this.#rejectWaiters('protection ends')
+    await this.#work
+    this.#dispatch({ on: 'stop', why: 'protection was ended' })
+    if (this.#running !== undefined) {
+      await takeAway(this.#running, this.#readSocketPath(), keepBitmaps).catch((error: unknown) => {
+        this.#log.error('capture could not be taken out of QEMU', { error: errorMessage(error) })
+      })
+    }
+    if (this.#worker !== undefined && !this.#worker.exited) {
+      await this.#worker.ask('end', { deadlineMs: END_DEADLINE_MS }).catch((error: unknown) => this.#log.warn('not all of the captured data reached the agent', { error: errorMessage(error) }))
+      await this.#worker[Symbol.asyncDispose]()
+    }
+    if (!keepBitmaps) await this.#memory.forget()
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.stop(true)
+  }
+
+  #targetPath(): string {
+    return join(this.#options.settings.runDirectory, `capture-${this.vmId}.sock`)
+  }
+
+  #readSocketPath(): string {
+    return join(this.#options.settings.runDirectory, `read-${this.vmId}.sock`)
+  }
+
+  #dispatch(event: VmEvent): void {
+    const before = this.#state
+    const { state, effects } = next(before, event, this.#nowUnixMs())
+    this.#state = state
+    if (state.is !== before.is) {
+      this.#log.info(`VM ${this.vmId}: ${before.is} -> ${state.is}`, { why: state.why })
+      this.#options.onChange(this.vmId, state)
+    }
+    for (const effect of effects) this.#perform(effect)
+  }
+
+  #perform(effect: VmEffect): void {
+    switch (effect.do) {
+      case 'attach': {
+        const attachNumber = ++this.#attachNumber
+        this.#enqueue(() => this.#attach(attachNumber, effect.why))
+        return
+      }
+      case 'cleanUp':
+        this.#watchingTargets = false
+        this.#attachNumber++
+        this.#rejectWaiters(this.#state.why)
+        this.#enqueue(() => this.#cleanUp())
+        return
+      case 'retryLater':
+        clearTimeout(this.#retry)
+        this.#retry = setTimeout(() => this.#dispatch({ on: 'retry' }), this.#retryMs)
+        this.#retryMs = Math.min(RETRY_MAX_MS, this.#retryMs * 2)
+        return
+    }
+  }
+
+  #enqueue(work: () => Promise<void>): void {
+    this.#work = this.#work.then(async () => {
+      if (this.#stopped) return
+      await work().catch((error: unknown) => this.#log.error('unexpected failure', { error: errorMessage(error) }))
+    })
+  }
+
+  async #poll(): Promise<void> {
+    if (this.#polling || this.#stopped) return
+    this.#polling = true
+    try {
+      const running = await findRunningVm(this.#options.settings.paths, this.vmId)
+      if (running?.instance === this.#running?.instance) return
+      this.#running = running
+      if (this.#watchingTargets) this.#dispatch({ on: 'captureLost', why: 'the VM was stopped' })
+      this.#dispatch(running === undefined ? { on: 'vmStopped' } : { on: 'vmStarted' })
+    } catch (error) {
+      this.#log.warn('the VM could not be looked for', { error: errorMessage(error) })
+    } finally {
+      this.#polling = false
+    }
+  }
+
+  async #attach(attachNumber: number, why: string): Promise<void> {
+    const vm = this.#running
+    if (vm === undefined || attachNumber !== this.#attachNumber) return
+    const superseded = (): boolean => attachNumber !== this.#attachNumber
+    try {
+      const disks = await meetVm(vm, this.#readSocketPath())
+      const worker = await this.#workerFor(disks)
+      const config = await readVmConfig(this.#options.settings.paths, this.vmId)
+      const welcome = await worker.ask('open', { reason: why, epoch: { reason: why, ...(config === undefined ? {} : { config }) } })
+      const context: AttachContext = {
+        vm, worker, memory: this.#memory, log: this.#log, targetPath: this.#targetPath(), readSocketPath: this.#readSocketPath(),
+        ...(this.#options.settings.existingNbdServers[String(this.vmId)] === undefined ? {} : { existingServerPath: this.#options.settings.existingNbdServers[String(this.vmId)] }),
+      }
+      const { memory, bitmapsWereThere } = await attachJobs(context, disks)
+      const lost = disks.find(({ key }) => (this.#openTargets.get(key) ?? 0) < 1)
+      if (lost !== undefined) throw new CdpError('CAPTURE_ATTACH', `QEMU let go of ${lost.key} at once`)
+      if (superseded()) throw new CdpError('ABORTED', 'the VM changed while capture was attached')
+      this.#watchingTargets = true
+      this.#proofs = new Map(disks.map(({ key }) => [key, new CounterProof(IN_FLIGHT_BYTES)]))
+      const plan = planSync(welcome, memory, bitmapsWereThere, why)
+      if (!plan.fromBitmaps) await this.#memory.write(vm.instance, 'copying')
+      this.#dispatch({ on: 'syncBegan', kind: plan.kind, why: plan.why, totalBytes: 0 })
+      const lastSeq = await runSync(context, disks, this.#workerDisks, plan, this.#options.settings.syncRateBytesPerSec)
+      await this.#durable(lastSeq)
+      if (superseded()) return
+      await retireBitmaps(context, disks)
+      this.#retryMs = RETRY_FIRST_MS
+      this.#dispatch({ on: 'inStep', why: `${plan.kind} sync complete` })
+    } catch (error) {
+      if (superseded()) return
+      const message = errorMessage(error)
+      this.#log.warn('protection did not come into step', { error: message })
+      if (this.#watchingTargets) {
+        await this.#worker?.ask('letGo', { why: message }).catch(() => undefined)
+        this.#dispatch({ on: 'syncFailed', why: message })
+      } else {
+        const bitmapRecords = (await this.#memory.read(vm.instance)) !== undefined
+        this.#dispatch({ on: 'attachFailed', why: message, bitmapRecords })
+      }
+    }
+  }
+
+  async #cleanUp(): Promise<void> {
+    const vm = this.#running
+    if (vm === undefined || this.#worker === undefined) return
+    if (!this.#worker.exited) await this.#worker.ask('letGo', { why: this.#state.why }).catch((error: unknown) => this.#log.warn('the worker did not let go', { error: errorMessage(error) }))
+    await takeAway(vm, this.#readSocketPath(), true).catch((error: unknown) => {
+      this.#log.warn('what is left of capture in QEMU will be taken away with the next attach', { error: errorMessage(error) })
+    })
+  }
+
+  async #workerFor(disks: readonly QemuDisk[]): Promise<CaptureWorker> {
+    const entries = toDiskEntries(disks)
+    if (entries.length === 0) throw new CdpError('NOT_FOUND', `VM ${this.vmId} has no disk that can be protected`, { hint: 'Give it a writable disk on scsi, virtio, sata or ide.' })
+    const same = JSON.stringify(entries) === JSON.stringify(this.#workerDisks)
+    if (this.#worker !== undefined && !this.#worker.exited && same) return this.#worker
+    await this.#worker?.[Symbol.asyncDispose]()
+    this.#openTargets = new Map()
+    this.#workerDisks = entries
+    const { settings, vpg, vms, agent, groupClock } = this.#options
+    const worker: CaptureWorker = await CaptureWorker.start({
+      vm: String(this.vmId), vpg, vms, agent, groupClock, disks: entries, targetPath: this.#targetPath(), budgetBytes: settings.memoryBytesPerVm,
+      lingerMs: settings.lingerMs, slowAck: settings.slowAck,
+      onEvent: (event) => this.#onWorkerEvent(event),
+      onExit: (why) => {
+        if (this.#worker !== worker) return
+        this.#rejectWaiters(why)
+        if (!this.#stopped) this.#dispatch({ on: 'captureLost', why: `the capture worker ended: ${why}` })
+      },
+    })
+    this.#worker = worker
+    return worker
+  }
+
+  #onWorkerEvent(event: CaptureEvent): void {
+    switch (event.is) {
+      case 'target': {
+        const { key, state, why } = event
+        this.#openTargets.set(key, (this.#openTargets.get(key) ?? 0) + (state === 'opened' ? 1 : -1))
+        if (state === 'closed' && this.#watchingTargets && (this.#openTargets.get(key) ?? 0) < 1) this.#dispatch({ on: 'captureLost', why: `QEMU ended the connection of ${key} (${why})` })
+        return
+      }
+      case 'letGo':
+        return this.#dispatch({ on: 'captureLost', why: event.why })
+      case 'link':
+        this.#log.info(event.up ? 'stream to the agent is up' : 'stream to the agent is down', { why: event.why })
+        return
+      case 'sync':
+        return this.#dispatch({ on: 'syncAdvanced', doneBytes: event.doneBytes, totalBytes: event.totalBytes })
+      case 'news':
+        return this.#options.onNews(event.news)
+      case 'stats':
+        this.#stats = event.stats
+        this.#resolveDurable(event.stats.durableSeq)
+        return
+    }
+  }
+
+  /** Resolves when the agent holds everything up to `seq` durably; rejects when capture is lost before. */
+  async #durable(seq: number): Promise<void> {
+    await new Promise<void>((resolve, reject) => {
+      this.#durableWaiters.push({ seq, resolve, reject })
+      this.#resolveDurable(this.#stats?.durableSeq ?? 0)
+    })
+  }
+
+  #resolveDurable(durableSeq: number): void {
+    for (const waiter of this.#durableWaiters) if (durableSeq >= waiter.seq) waiter.resolve()
+    this.#durableWaiters = this.#durableWaiters.filter(({ seq }) => seq > durableSeq)
+  }
+
+  #rejectWaiters(why: string): void {
+    for (const { reject } of this.#durableWaiters) reject(new CdpError('CLOSED', why))
+    this.#durableWaiters = []
+  }
+
+  /** A worker that hangs would hang the guest: it is ended, QEMU lets go. (The watchdog process does the same to the whole plugin.) */
+  #watchBeat(): void {
+    const worker = this.#worker
+    if (worker === undefined || worker.exited) return
+    const nowMs = performance.now()
+    if (worker.beat !== this.#lastBeat || nowMs - this.#lastBeatMs > 10 * HUNG_MS) {
+      this.#lastBeat = worker.beat
+      this.#lastBeatMs = nowMs
+    } else if (nowMs - this.#lastBeatMs > HUNG_MS) {
+      this.#log.error('the capture worker hangs and is ended')
+      void worker.kill('it did not answer for 1 s')
+    }
+  }
+
+  /** Compares QEMU's written bytes with the captured ones; checkpoints are proved by it, an orphaned job is found by it. */
+  async #prove(): Promise<void> {
+    const worker = this.streamingWorker
+    const vm = this.#running
+    if (worker === undefined || vm === undefined || this.#proofBusy) return
+    this.#proofBusy = true
+    try {
+      const before = await worker.ask('captured', {})
+      const counters = await lookAtCounters(vm)
+      const after = await worker.ask('captured', {})
+      if (this.streamingWorker !== worker) return
+      const disks: Record<string, { writtenBytes: number; capturedBytes: number }> = {}
+      let missed: string | undefined
+      for (const [key, proof] of this.#proofs) {
+        const counter = counters.get(key)
+        if (counter === undefined) continue
+        const verdict = proof.look({ capturedBeforeBytes: before[key], capturedAfterBytes: after[key], writtenBytes: counter.wrBytes, failedOperations: counter.failedWrOperations })
+        disks[key] = { writtenBytes: counter.wrBytes, capturedBytes: after[key] }
+        if (!verdict.ok) missed = `${key}: ${verdict.missedBytes} bytes of the guest's writes were not captured`
+        else if (!counter.onPath) missed = `${key}: the guest's writes do not pass capture any more`
+      }
+      await worker.ask('proof', { mark: { ok: missed === undefined, atUnixMs: this.#nowUnixMs(), disks } })
+      if (missed !== undefined && this.streamingWorker === worker) this.#dispatch({ on: 'captureLost', why: missed })
+    } catch (error) {
+      this.#log.warn('the counters of the VM could not be compared', { error: errorMessage(error) })
+    } finally {
+      this.#proofBusy = false
+    }
+  }
+}

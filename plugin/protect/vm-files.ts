@@ -1,0 +1,51 @@
+import { readFile, stat } from 'node:fs/promises'
+import { join } from 'node:path'
+import { CdpError, errorCode } from '../../core/errors/index.ts'
+
+export type ProxmoxPaths = {
+  /** /var/run/qemu-server: ID.qmp, ID.pid. */
+  qemuServerDirectory: string
+  /** /etc/pve: qemu-server/ID.conf, .vmlist. */
+  pveDirectory: string
+}
+
+/** A VM that runs on this node. `instance` changes when another QEMU process took its place. */
+export type RunningVm = { vmId: number; qmpPath: string; instance: string }
+
+/** Field 22 of /proc/PID/stat (proc(5)): together with the pid it names a process for ever. The name in field 2 may hold spaces. */
+const startTicksOf = (processStat: string): string => processStat.slice(processStat.lastIndexOf(')') + 2).split(' ')[19]
+
+/** The running QEMU of a VM, or undefined. Cheap: a read and two stats. */
+export const findRunningVm = async (paths: ProxmoxPaths, vmId: number): Promise<RunningVm | undefined> => {
+  const qmpPath = join(paths.qemuServerDirectory, `${vmId}.qmp`)
+  try {
+    const pid = Number((await readFile(join(paths.qemuServerDirectory, `${vmId}.pid`), 'utf8')).trim())
+    if (!Number.isInteger(pid) || pid <= 0) return undefined
+    const [processStat] = await Promise.all([readFile(`/proc/${pid}/stat`, 'utf8'), stat(qmpPath)])
+    return { vmId, qmpPath, instance: `${pid}@${startTicksOf(processStat)}` }
+  } catch (error) {
+    if (errorCode(error) === 'ENOENT' || errorCode(error) === 'ESRCH') return undefined
+    throw error
+  }
+}
+
+/** True if the cluster knows that VM (its configuration is on this node). */
+export const vmExists = async (paths: ProxmoxPaths, vmId: number): Promise<boolean> => {
+  try {
+    await stat(join(paths.pveDirectory, 'qemu-server', `${vmId}.conf`))
+    return true
+  } catch (error) {
+    if (errorCode(error) === 'ENOENT') return false
+    throw new CdpError('IO', `the configuration of VM ${vmId} cannot be looked up`, { cause: error })
+  }
+}
+
+/** The VM's configuration, versioned with the journal. */
+export const readVmConfig = async (paths: ProxmoxPaths, vmId: number): Promise<string | undefined> => {
+  try {
+    return await readFile(join(paths.pveDirectory, 'qemu-server', `${vmId}.conf`), 'utf8')
+  } catch (error) {
+    if (errorCode(error) === 'ENOENT') return undefined
+    throw error
+  }
+}

@@ -1,0 +1,62 @@
+import type { SyncKind } from '../../core/record/index.ts'
+
+/** What a protected VM is doing, each with its reason. */
+export type VmState =
+  | { is: 'detached'; why: string; sinceUnixMs: number }
+  | { is: 'attaching'; why: string; sinceUnixMs: number }
+  | { is: 'syncing'; kind: SyncKind; why: string; doneBytes: number; totalBytes: number; sinceUnixMs: number }
+  | { is: 'streaming'; why: string; sinceUnixMs: number }
+  /** Bitmap only: QEMU remembers what is written, nothing is captured. */
+  | { is: 'tracking'; why: string; sinceUnixMs: number }
+
+export type VmEvent =
+  | { on: 'vmStarted' }
+  | { on: 'vmStopped' }
+  /** Time to try again after something went wrong. */
+  | { on: 'retry' }
+  | { on: 'attachFailed'; why: string; bitmapRecords: boolean }
+  | { on: 'syncBegan'; kind: SyncKind; why: string; totalBytes: number }
+  | { on: 'syncAdvanced'; doneBytes: number; totalBytes: number }
+  | { on: 'syncFailed'; why: string }
+  | { on: 'inStep'; why: string }
+  /** QEMU's connection is gone, the worker let go or ended. */
+  | { on: 'captureLost'; why: string }
+  | { on: 'stop'; why: string }
+
+export type VmEffect =
+  | { do: 'attach'; why: string }
+  /** Take what is left of capture out of QEMU; bitmaps stay. */
+  | { do: 'cleanUp' }
+  | { do: 'retryLater' }
+
+export type Transition = { state: VmState; effects: VmEffect[] }
+
+/** The life of a protected VM. Pure; the runner performs effects in order and feeds back events. */
+export const next = (state: VmState, event: VmEvent, nowUnixMs: number): Transition => {
+  const to = (changed: VmState, ...effects: VmEffect[]): Transition => ({ state: changed, effects })
+  const stay: Transition = { state, effects: [] }
+  const capturing = state.is === 'attaching' || state.is === 'syncing' || state.is === 'streaming'
+  switch (event.on) {
+    case 'vmStarted':
+      return capturing ? stay : to({ is: 'attaching', why: 'the VM runs', sinceUnixMs: nowUnixMs }, { do: 'attach', why: 'the VM runs' })
+    case 'retry': {
+      if (state.is !== 'tracking' && state.is !== 'detached') return stay
+      return to({ is: 'attaching', why: state.why, sinceUnixMs: nowUnixMs }, { do: 'attach', why: state.why })
+    }
+    case 'vmStopped':
+      return state.is === 'detached' && state.why === 'the VM does not run' ? stay : to({ is: 'detached', why: 'the VM does not run', sinceUnixMs: nowUnixMs })
+    case 'attachFailed':
+      return to({ is: event.bitmapRecords ? 'tracking' : 'detached', why: event.why, sinceUnixMs: nowUnixMs }, { do: 'retryLater' })
+    case 'syncBegan':
+      return state.is !== 'attaching' ? stay : to({ is: 'syncing', kind: event.kind, why: event.why, doneBytes: 0, totalBytes: event.totalBytes, sinceUnixMs: nowUnixMs })
+    case 'syncAdvanced':
+      return state.is !== 'syncing' ? stay : to({ ...state, doneBytes: event.doneBytes, totalBytes: event.totalBytes })
+    case 'inStep':
+      return state.is !== 'syncing' ? stay : to({ is: 'streaming', why: event.why, sinceUnixMs: nowUnixMs })
+    case 'syncFailed':
+    case 'captureLost':
+      return !capturing ? stay : to({ is: 'tracking', why: event.why, sinceUnixMs: nowUnixMs }, { do: 'cleanUp' }, { do: 'retryLater' })
+    case 'stop':
+      return to({ is: 'detached', why: event.why, sinceUnixMs: nowUnixMs })
+  }
+}
