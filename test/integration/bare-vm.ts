@@ -25,7 +25,15 @@ export type BareVm = {
   [Symbol.asyncDispose]: () => Promise<void>
 }
 
-export type BareVmOptions = { shape: VmShape; diskCount?: number; bus?: 'scsi' | 'virtio'; sizeBytes?: number; parentDir?: string; extraArgs?: readonly string[] }
+export type BareVmOptions = {
+  shape: VmShape
+  diskCount?: number
+  bus?: 'scsi' | 'virtio'
+  sizeBytes?: number
+  /** Written to the start of the first disk, which is booted (see boot-sector.ts). */
+  bootSector?: Buffer
+  extraArgs?: readonly string[]
+}
 
 const legacyDisk = ({ key, path }: BareDisk): string[] =>
   ['-drive', `file=${path},if=none,id=drive-${key},format=raw,cache=none,aio=io_uring,detect-zeroes=on`]
@@ -41,9 +49,9 @@ const blockdevDisk = ({ key, path }: BareDisk, number: number): string[] => {
 const deviceArgs = (key: string, number: number, bus: 'scsi' | 'virtio'): string[] => {
   const iothread = bus === 'scsi' ? `iothread-virtioscsi${number}` : `iothread-${key}`
   const object = ['-object', `iothread,id=${iothread}`]
-  if (bus === 'virtio') return [...object, '-device', `virtio-blk-pci,drive=drive-${key},id=${key},iothread=${iothread},share-rw=on,write-cache=on`]
+  if (bus === 'virtio') return [...object, '-device', `virtio-blk-pci,drive=drive-${key},id=${key},iothread=${iothread},share-rw=on,write-cache=on,bootindex=${100 + number}`]
   return [...object, '-device', `virtio-scsi-pci,id=virtioscsi${number},iothread=${iothread}`,
-    '-device', `scsi-hd,bus=virtioscsi${number}.0,channel=0,scsi-id=0,lun=${number},drive=drive-${key},id=${key},share-rw=on,write-cache=on`]
+    '-device', `scsi-hd,bus=virtioscsi${number}.0,channel=0,scsi-id=0,lun=${number},drive=drive-${key},id=${key},share-rw=on,write-cache=on,bootindex=${100 + number}`]
 }
 
 export const ioThreadOf = (key: string): string => (key.startsWith('scsi') ? `iothread-virtioscsi${key.slice(4)}` : `iothread-${key}`)
@@ -51,12 +59,13 @@ export const ioThreadOf = (key: string): string => (key.startsWith('scsi') ? `io
 /** Starts QEMU and waits until it serves QMP. Everything it made is gone after disposal. */
 export const startBareVm = async (options: BareVmOptions): Promise<BareVm> => {
   const { shape, diskCount = 1, bus = 'scsi', sizeBytes = 64 * 1024 * 1024 } = options
-  const dir = await mkdtemp(join(options.parentDir ?? '/tmp', 'cdp-'))
+  const dir = await mkdtemp('/tmp/cdp-')
   const qmpPath = join(dir, 'qmp')
   const disks = Array.from({ length: diskCount }, (_, number) => ({ key: `${bus}${number}`, path: join(dir, `disk${number}.raw`), sizeBytes }))
   for (const disk of disks) {
     await using file = await open(disk.path, 'w')
     await file.truncate(sizeBytes)
+    if (options.bootSector && disk === disks[0]) await file.write(options.bootSector, 0, 512, 0)
   }
   const args = ['-accel', 'tcg', '-machine', shape === '8.4' ? 'pc' : 'q35', '-m', '64', '-nodefaults', '-display', 'none',
     '-chardev', `socket,id=qmp,path=${qmpPath},server=on,wait=off`, '-mon', 'chardev=qmp,mode=control',

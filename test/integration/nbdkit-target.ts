@@ -1,7 +1,7 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { existsSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
-import { createConnection } from 'node:net'
 import { join } from 'node:path'
 
 /** An NBD server of nbdkit on a unix socket: a target that is not ours, to hold ours against. */
@@ -19,15 +19,18 @@ export type NbdkitTarget = {
 export const startNbdkit = async (dir: string, name: string, plugin: readonly string[]): Promise<NbdkitTarget> => {
   const socketPath = join(dir, name)
   const statsPath = join(dir, `${name}.stats`)
-  const child = spawn('nbdkit', ['-f', '-U', socketPath, '--filter=stats', ...plugin, `statsfile=${statsPath}`], { stdio: ['ignore', 'ignore', 'inherit'] })
+  const pidPath = join(dir, `${name}.pid`)
+  const child = spawn('nbdkit', ['-f', '-U', socketPath, '-P', pidPath, '--filter=stats', ...plugin, `statsfile=${statsPath}`], { stdio: ['ignore', 'ignore', 'pipe'] })
+  let stderr = ''
+  child.stderr.setEncoding('utf8').on('data', (text: string) => (stderr += text))
   const exited = once(child, 'exit')
   const end = async (signal: 'SIGKILL' | 'SIGTERM') => {
     child.kill(signal)
     await exited
   }
   const endsAtMs = performance.now() + 10_000
-  while (!(await accepts(socketPath))) {
-    if (child.exitCode !== null || performance.now() > endsAtMs) throw new Error(`nbdkit ${plugin.join(' ')} did not start`)
+  while (!existsSync(pidPath)) {
+    if (child.exitCode !== null || performance.now() > endsAtMs) throw new Error(`nbdkit ${plugin.join(' ')} did not start: ${stderr}`)
     await new Promise((resolve) => setTimeout(resolve, 10))
   }
   return {
@@ -37,17 +40,5 @@ export const startNbdkit = async (dir: string, name: string, plugin: readonly st
       return readFile(statsPath, 'utf8')
     },
     [Symbol.asyncDispose]: () => end('SIGKILL'),
-  }
-}
-
-const accepts = async (socketPath: string): Promise<boolean> => {
-  const socket = createConnection({ path: socketPath })
-  try {
-    await once(socket, 'connect')
-    return true
-  } catch {
-    return false
-  } finally {
-    socket.destroy()
   }
 }

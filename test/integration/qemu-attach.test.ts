@@ -1,42 +1,14 @@
-import { mkdir, open } from 'node:fs/promises'
 import { describe, expect, test } from '@jest/globals'
-import type { QmpClient } from '../../core/qmp/index.ts'
 import { attachCapture, detachCapture, discoverDisks, readCounters, repairHalfStates } from '../../plugin/qemu/index.ts'
 import { nbdUri, openWriteDoor, sameContent, startFio, writePattern } from './bare-load.ts'
+import { attachAll, blockSnapshot, startFileTarget, untilWritten } from './block-snapshot.ts'
 import { startBareVm } from './bare-vm.ts'
 import type { BareVm, VmShape } from './bare-vm.ts'
 import { startNbdkit } from './nbdkit-target.ts'
-import type { NbdkitTarget } from './nbdkit-target.ts'
 
 const mib = 1024 * 1024
 const shapes: readonly VmShape[] = ['8.4', '9.x']
 const nothing = { shields: [], jobs: [], targets: [], exports: [], bitmaps: [], serverStopped: false }
-
-/** Everything of the block layer that an attach could change. */
-const snapshot = async (qmp: QmpClient): Promise<string> => {
-  const nodes = (await qmp.execute('query-named-block-nodes', { flat: true })) as { 'node-name': string; drv: string; 'dirty-bitmaps'?: { name?: string }[] }[]
-  const devices = (await qmp.execute('query-block')) as { qdev?: string; inserted?: { 'node-name': string } }[]
-  const jobs = (await qmp.execute('query-jobs')) as { id: string }[]
-  const exports = (await qmp.execute('query-block-exports')) as { id: string }[]
-  return JSON.stringify({
-    nodes: nodes.map((node) => `${node['node-name']} ${node.drv} ${(node['dirty-bitmaps'] ?? []).map((bitmap) => bitmap.name ?? '-').join(',')}`).sort(),
-    devices: devices.map((device) => `${device.qdev} ${device.inserted?.['node-name']}`).sort(), jobs: jobs.map((job) => job.id), exports: exports.map((entry) => entry.id).sort(),
-  }, null, 1)
-}
-
-/** A target that holds a copy of each disk in a file of its own. */
-const fileTarget = async (vm: BareVm, name = 'target'): Promise<NbdkitTarget> => {
-  const dir = `${vm.dir}/${name}.d`
-  await mkdir(dir, { recursive: true })
-  for (const { key, sizeBytes } of vm.disks) {
-    await using file = await open(`${dir}/${key}`, 'a')
-    await file.truncate(sizeBytes)
-  }
-  return startNbdkit(vm.dir, name, ['file', `dir=${dir}`])
-}
-
-const attachAll = (vm: BareVm, socketPath: string) => vm.qmp(async (qmp) =>
-  attachCapture(qmp, await discoverDisks(qmp), { nbdSocketPath: socketPath, exportNameOf: (key) => key }))
 
 const jobsGone = (vm: BareVm) => vm.qmp(async (qmp) => {
   for (const { key } of vm.disks) {
@@ -48,7 +20,7 @@ const jobsGone = (vm: BareVm) => vm.qmp(async (qmp) => {
 describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape) => {
   test.each(['scsi', 'virtio'] as const)('its %s disks are found, the same whether attached or not', async (bus) => {
     await using vm = await startBareVm({ shape, bus, diskCount: 2 })
-    await using target = await fileTarget(vm)
+    await using target = await startFileTarget(vm)
     const before = await vm.qmp(discoverDisks)
     expect(before.map(({ key, shape: found, sizeBytes, iothread }) => ({ key, found, sizeBytes, iothread }))).toEqual(
       vm.disks.map(({ key }, number) => ({ key, found: shape, sizeBytes: 64 * mib, iothread: bus === 'scsi' ? `iothread-virtioscsi${number}` : `iothread-${key}` })))
@@ -59,8 +31,8 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
   test.each([['scsi', 1], ['scsi', 2], ['virtio', 2]] as const)('%s, %i disks: writes reach the target, and detach leaves nothing behind', async (bus, diskCount) => {
     await using vm = await startBareVm({ shape, bus, diskCount })
     const door = await openWriteDoor(vm)
-    const before = await vm.qmp(snapshot)
-    await using target = await fileTarget(vm)
+    const before = await vm.qmp(blockSnapshot)
+    await using target = await startFileTarget(vm)
     const attached = await attachAll(vm, target.socketPath)
     expect(attached.map(({ key }) => key)).toEqual(vm.disks.map(({ key }) => key))
     for (const { key, path } of vm.disks) {
@@ -71,37 +43,37 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
     const counters = await vm.qmp(readCounters)
     for (const { key } of vm.disks) expect(counters.get(key)).toMatchObject({ onPath: true, job: { ready: true, status: 'ready' } })
     await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))
-    expect(await vm.qmp(snapshot)).toBe(before)
+    expect(await vm.qmp(blockSnapshot)).toBe(before)
     expect(await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))).toEqual(nothing)
   })
 
   test('a target that dies costs the job and nothing else; capture can be attached again', async () => {
     await using vm = await startBareVm({ shape, diskCount: 1 })
     const door = await openWriteDoor(vm)
-    const before = await vm.qmp(snapshot)
-    const first = await fileTarget(vm, 'first')
+    const before = await vm.qmp(blockSnapshot)
+    const first = await startFileTarget(vm, 'first')
     await attachAll(vm, first.socketPath)
     await using load = startFio(nbdUri(door, 'scsi0'), { sizeBytes: 64 * mib, seed: 11 })
-    await vm.qmp((qmp) => written(qmp, first, mib))
+    await untilWritten(vm, mib)
     await first.kill()
     await jobsGone(vm)
     expect((await vm.qmp(readCounters)).get('scsi0')).toMatchObject({ onPath: false })
     expect((await vm.qmp(readCounters)).get('scsi0')?.job).toBeUndefined()
     const repaired = await vm.qmp((qmp) => repairHalfStates(qmp, { keepBitmaps: true }))
     expect(repaired).toEqual({ ...nothing, shields: shape === '8.4' ? ['cdp-shield-scsi0'] : [], targets: ['cdp-target-scsi0'] })
-    await using second = await fileTarget(vm, 'second')
+    await using second = await startFileTarget(vm, 'second')
     await attachAll(vm, second.socketPath)
     const writes = await load.stop()
     expect(writes.longestMs).toBeLessThan(2000)
     await writePattern(nbdUri(door, 'scsi0'), 0x33, 0, mib)
     await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))
-    expect(await vm.qmp(snapshot)).toBe(before)
+    expect(await vm.qmp(blockSnapshot)).toBe(before)
   })
 
   test.each(['before', 'during'] as const)('an attach whose connection ends %s any of its steps is repaired from the state of QEMU alone', async (moment) => {
     await using vm = await startBareVm({ shape, diskCount: 2 })
-    await using target = await fileTarget(vm)
-    const before = await vm.qmp(snapshot)
+    await using target = await startFileTarget(vm)
+    const before = await vm.qmp(blockSnapshot)
     const stepCount = shape === '8.4' ? 17 : 7
     for (let stopAt = 0; stopAt < stepCount; stopAt++) {
       const seen: string[] = []
@@ -120,7 +92,7 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
       })
       expect(seen.length).toBeGreaterThan(stopAt)
       await vm.qmp((qmp) => repairHalfStates(qmp, { keepBitmaps: false }))
-      expect(await vm.qmp(snapshot)).toBe(before)
+      expect(await vm.qmp(blockSnapshot)).toBe(before)
     }
     await attachAll(vm, target.socketPath)
     expect((await vm.qmp(readCounters)).get('scsi1')).toMatchObject({ onPath: true })
@@ -128,8 +100,8 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
 
   test('an attach that fails at any step undoes the steps before it', async () => {
     await using vm = await startBareVm({ shape, diskCount: 2 })
-    await using target = await fileTarget(vm)
-    const before = await vm.qmp(snapshot)
+    await using target = await startFileTarget(vm)
+    const before = await vm.qmp(blockSnapshot)
     for (let failAt = 0; failAt < (shape === '8.4' ? 17 : 7); failAt++) {
       const attach = vm.qmp(async (qmp) => attachCapture(qmp, await discoverDisks(qmp), {
         nbdSocketPath: target.socketPath, exportNameOf: (key) => key,
@@ -138,35 +110,35 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
         },
       }))
       await expect(attach).rejects.toMatchObject({ code: 'CAPTURE_ATTACH', context: { undone: true } })
-      expect(await vm.qmp(snapshot)).toBe(before)
+      expect(await vm.qmp(blockSnapshot)).toBe(before)
     }
   })
 
   test('a target of another size is an error with its reason, and nothing is left', async () => {
     await using vm = await startBareVm({ shape })
     await using target = await startNbdkit(vm.dir, 'small', ['memory', '32M'])
-    const before = await vm.qmp(snapshot)
+    const before = await vm.qmp(blockSnapshot)
     await expect(attachAll(vm, target.socketPath)).rejects.toThrow(/different sizes/)
-    expect(await vm.qmp(snapshot)).toBe(before)
+    expect(await vm.qmp(blockSnapshot)).toBe(before)
   })
 
   test('attaching twice is refused and leaves the first attach alone', async () => {
     await using vm = await startBareVm({ shape })
-    await using target = await fileTarget(vm)
+    await using target = await startFileTarget(vm)
     await attachAll(vm, target.socketPath)
-    const before = await vm.qmp(snapshot)
+    const before = await vm.qmp(blockSnapshot)
     await expect(attachAll(vm, target.socketPath)).rejects.toMatchObject({ code: 'CONFLICT' })
-    expect(await vm.qmp(snapshot)).toBe(before)
+    expect(await vm.qmp(blockSnapshot)).toBe(before)
   })
 
   test('one of two disks can be detached alone', async () => {
     await using vm = await startBareVm({ shape, diskCount: 2 })
-    await using target = await fileTarget(vm)
+    await using target = await startFileTarget(vm)
     await attachAll(vm, target.socketPath)
     await vm.qmp((qmp) => detachCapture(qmp, { keys: ['scsi0'], keepBitmaps: false }))
     const counters = await vm.qmp(readCounters)
     expect([counters.get('scsi0')?.onPath, counters.get('scsi1')?.onPath]).toEqual([false, true])
-    const left = await vm.qmp(snapshot)
+    const left = await vm.qmp(blockSnapshot)
     expect(left).not.toContain('cdp-target-scsi0')
     expect(left.match(/cdp-bitmap-/g)).toHaveLength(1)
   })
@@ -178,14 +150,3 @@ test('a QEMU below 9.0 is refused before anything is asked of it', async () => {
   await expect(discoverDisks(old)).rejects.toMatchObject({ code: 'QEMU_TOO_OLD', message: expect.stringContaining('7.2.22') as unknown })
   expect(asked).toEqual([])
 })
-
-/** Waits until the job's target node has written that much. */
-const written = async (qmp: QmpClient, _target: NbdkitTarget, wantedBytes: number): Promise<void> => {
-  const endsAtMs = performance.now() + 10_000
-  while (performance.now() < endsAtMs) {
-    const nodes = (await qmp.execute('query-named-block-nodes', { flat: true })) as { 'dirty-bitmaps'?: { name?: string; count: number }[] }[]
-    const dirtyBytes = nodes.flatMap((node) => node['dirty-bitmaps'] ?? []).find((bitmap) => bitmap.name?.startsWith('cdp-bitmap-'))?.count ?? 0
-    if (dirtyBytes >= wantedBytes) return
-  }
-  throw new Error('the load does not reach the disk')
-}
