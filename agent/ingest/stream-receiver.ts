@@ -1,0 +1,170 @@
+import type { Duplex } from 'node:stream'
+import { CdpError, toCdpError } from '../../core/errors/index.ts'
+import type { Logger } from '../../core/log/index.ts'
+import { MessageParser, MessageType, ackMessage, echoMessage, readEcho, readHello, refuseMessage, stateMessage, welcomeMessage } from '../../core/stream/index.ts'
+import type { Hello, StateNews } from '../../core/stream/index.ts'
+import type { VmStore } from '../journal/index.ts'
+
+export type StreamReceiverOptions = {
+  socket: Duplex
+  log: Logger
+  /** Gives the store of the VM that says hello, and sees to it that older streams of it end. @throws CdpError: refused with its message */
+  admit: (hello: Hello, receiver: StreamReceiver) => Promise<VmStore>
+  onClosed: (receiver: StreamReceiver, why: string) => void
+  helloDeadlineMs?: number
+  stallMs?: number
+}
+
+/** What a store may have waiting before the stream is not read on. */
+const PAUSE_BYTES = 32 * 1024 * 1024
+const RESUME_BYTES = 16 * 1024 * 1024
+
+/** The agent's end of one stream: hello, frames into the VM's store, an acknowledgement for what is durable. */
+export class StreamReceiver implements Disposable {
+  readonly #options: StreamReceiverOptions
+  readonly #socket: Duplex
+  readonly #parser: MessageParser
+  #hello: Hello | undefined
+  #store: VmStore | undefined
+  #epoch = 0
+  #closed = false
+  #paused = false
+  #heardMs = performance.now()
+  #watch: NodeJS.Timeout
+  #deadline: NodeJS.Timeout | undefined
+
+  constructor(options: StreamReceiverOptions) {
+    this.#options = options
+    this.#socket = options.socket
+    this.#parser = new MessageParser((type, body) => this.#onMessage(type, body))
+    const stallMs = options.stallMs ?? 20_000
+    this.#watch = setInterval(() => {
+      if (!this.#paused && performance.now() - this.#heardMs > stallMs) this.close('the protected site has been silent')
+    }, stallMs / 4)
+    this.#deadline = setTimeout(() => this.close('no hello came'), options.helloDeadlineMs ?? 10_000)
+    this.#socket.on('data', (chunk: Buffer) => {
+      this.#heardMs = performance.now()
+      try {
+        this.#parser.push(chunk)
+      } catch (error) {
+        this.refuse(toCdpError(error, 'STREAM_PROTOCOL'))
+      }
+    })
+    this.#socket.on('error', (error) => this.close(error.message))
+    this.#socket.on('close', () => this.close('the protected site closed the stream'))
+  }
+
+  get hello(): Hello | undefined {
+    return this.#hello
+  }
+
+  get epoch(): number {
+    return this.#epoch
+  }
+
+  /** Tells the protected site something it shows to its operator. */
+  tell(news: StateNews): void {
+    if (!this.#closed && this.#epoch > 0) this.#socket.write(stateMessage(news))
+  }
+
+  /** Ends the stream with a reason that the other side shows. */
+  refuse(error: CdpError): void {
+    if (this.#closed) return
+    this.#socket.write(refuseMessage({ code: error.code, message: error.message, ...(error.hint === undefined ? {} : { hint: error.hint }) }))
+    this.#socket.end()
+    this.#options.log.warn('stream refused', { vm: this.#hello?.vm, code: error.code, why: error.message })
+    this.#finish(error.message)
+    // A peer that does not close its side is not waited for.
+    setTimeout(() => this.#socket.destroy(), 1000).unref()
+  }
+
+  close(why: string): void {
+    if (this.#closed) return
+    this.#socket.destroy()
+    this.#finish(why)
+  }
+
+  [Symbol.dispose](): void {
+    this.close('the agent stops')
+  }
+
+  #finish(why: string): void {
+    this.#closed = true
+    clearInterval(this.#watch)
+    clearTimeout(this.#deadline)
+    if (this.#store !== undefined && this.#epoch > 0) {
+      this.#store.onDurable = undefined
+      this.#store.onStopped = undefined
+    }
+    this.#options.onClosed(this, why)
+  }
+
+  /** A newer stream of the same VM takes the store over. */
+  supersede(): void {
+    if (this.#closed) return
+    this.refuse(new CdpError('STALE_EPOCH', 'a newer attach of this VM owns the journal'))
+  }
+
+  #onMessage(type: MessageType, body: Buffer): void {
+    if (this.#closed) return
+    switch (type) {
+      case MessageType.hello:
+        if (this.#hello !== undefined) throw new CdpError('STREAM_PROTOCOL', 'a second hello')
+        this.#hello = readHello(body)
+        clearTimeout(this.#deadline)
+        void this.#welcome(this.#hello)
+        return
+      case MessageType.frame: {
+        const store = this.#store
+        if (store === undefined || this.#epoch === 0) throw new CdpError('STREAM_PROTOCOL', 'a frame before the welcome')
+        store.accept(body)
+        if (store.queuedBytes > PAUSE_BYTES && !this.#paused) {
+          this.#paused = true
+          this.#socket.pause()
+        }
+        return
+      }
+      case MessageType.ping:
+        this.#socket.write(echoMessage(MessageType.pong, readEcho(body)))
+        return
+      case MessageType.end:
+        return
+      case MessageType.pong:
+        return
+      case MessageType.welcome:
+      case MessageType.refuse:
+      case MessageType.ack:
+      case MessageType.state:
+        throw new CdpError('STREAM_PROTOCOL', `the protected site sent a message of type ${type}`)
+    }
+  }
+
+  async #welcome(hello: Hello): Promise<void> {
+    try {
+      const store = await this.#options.admit(hello, this)
+      if (this.#closed) return
+      const answer = hello.epoch === 0 ? await store.beginEpoch(hello.disks) : await store.resumeEpoch(hello.epoch)
+      if (this.#closed) return
+      this.#store = store
+      this.#epoch = answer.epoch
+      store.onDurable = (durableSeq, epoch) => {
+        if (epoch === this.#epoch) this.#acknowledge(durableSeq)
+      }
+      store.onStopped = (error) => this.refuse(error)
+      this.#socket.write(welcomeMessage(answer))
+      this.#options.log.info('stream begins', { vm: hello.vm, vpg: hello.vpg, epoch: answer.epoch, durableSeq: answer.durableSeq, why: hello.reason })
+    } catch (error) {
+      this.refuse(toCdpError(error, 'INTERNAL'))
+    }
+  }
+
+  #acknowledge(durableSeq: number): void {
+    if (this.#closed) return
+    this.#socket.write(ackMessage({ epoch: this.#epoch, durableSeq }))
+    if (this.#paused && (this.#store?.queuedBytes ?? 0) < RESUME_BYTES) {
+      this.#paused = false
+      this.#heardMs = performance.now()
+      this.#socket.resume()
+    }
+  }
+}
