@@ -39,7 +39,8 @@ export class IndexView {
   readonly seq: number
   readonly #options: IndexViewOptions
   #segments: SegmentList
-  #runFiles: RunFile[]
+  readonly #runFiles: RunFile[]
+  #beginsBefore = false
   /** Newest first. */
   #placed: Placed[] = []
   #sources: ExtentSource[] = []
@@ -64,6 +65,11 @@ export class IndexView {
   /** Segments before this one are gone; the mirror has what they held. */
   get floorSegment(): number {
     return this.#segments.firstNumber
+  }
+
+  /** The journal has records up to `seq`; false if it begins behind it. */
+  get hasJournal(): boolean {
+    return this.#beginsBefore
   }
 
   get sourceCount(): number {
@@ -105,11 +111,22 @@ export class IndexView {
     const segments = this.#segments
     const cut = segments.numberOf(this.seq)
     if (cut === undefined) return
-    const cutIsWhole = segments.lastSeq(cut) === this.seq
+    this.#beginsBefore = true
+    const cutIsWhole = (segments.lastSeq(cut) ?? (await this.#sealedEnd(cut))) === this.seq
     const placed: Placed[] = []
     if (!cutIsWhole) placed.push(await this.#openFrames(cut))
     placed.push(...(await this.#openCover(segments.firstNumber, cutIsWhole ? cut : cut - 1, Infinity)))
     this.#place(placed)
+  }
+
+  /** Last sequence of the newest segment, if it is sealed. */
+  async #sealedEnd(newest: number): Promise<number | undefined> {
+    const path = this.#segments.path(newest)
+    const place = await locateLeafRun(this.#options.files, path, (await stat(path)).size)
+    if (place !== undefined && place.lastSeq < this.seq) {
+      throw new CdpError('NOT_FOUND', `the journal ends with sequence ${place.lastSeq}, before ${this.seq}`, { context: { path } })
+    }
+    return place?.lastSeq
   }
 
   /** Sources for whole segments first ... last from runs below `belowLevel`, newest first. */
@@ -165,6 +182,7 @@ export class IndexView {
     if (gone) await this.refreshFloor()
     const first = Math.max(broken.firstSegment, this.floorSegment)
     if (!gone) this.#reportDamage(broken, failure.cause)
+    await this.#options.files.forget(broken.path)
     let instead: Placed[] = []
     if (broken.level > 0) instead = await this.#openCover(first, broken.lastSegment, broken.level)
     else if (broken.lastSegment >= first) {

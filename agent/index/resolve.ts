@@ -29,13 +29,12 @@ const pieceAt = (cursor: ExtentCursor, startKey: number, endKey: number, floorSe
 }
 
 /** An error of one source, so that the caller can do without that source. */
-export class SourceFailure {
+export class SourceFailure extends Error {
   readonly source: ExtentSource
-  readonly cause: unknown
 
   constructor(source: ExtentSource, cause: unknown) {
+    super('an index source failed', { cause })
     this.source = source
-    this.cause = cause
   }
 }
 

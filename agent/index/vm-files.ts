@@ -119,15 +119,15 @@ export const listRunFiles = async (vmDirectory: string): Promise<RunFile[]> => {
 }
 
 /** Where the leaf run of a segment stands, or undefined if the segment is not sealed. */
-export const locateLeafRun = async (files: FilePool, path: string, sizeBytes: number): Promise<RunPlace | undefined> => {
+export const locateLeafRun = async (files: FilePool, path: string, sizeBytes: number): Promise<(RunPlace & { lastSeq: number }) | undefined> => {
   if (sizeBytes < SEGMENT_HEADER_BYTES + SEGMENT_TRAILER_BYTES) return undefined
   const trailer = Buffer.alloc(SEGMENT_TRAILER_BYTES)
   const bytes = await files.read(path, trailer, sizeBytes - SEGMENT_TRAILER_BYTES)
   if (bytes < SEGMENT_TRAILER_BYTES) return undefined
   try {
-    const { runOffsetBytes, runBytes } = parseSegmentTrailer(trailer)
-    if (runOffsetBytes + runBytes + SEGMENT_TRAILER_BYTES !== sizeBytes) return undefined
-    return { path, offsetBytes: runOffsetBytes, runBytes }
+    const { runOffsetBytes, runBytes, lastSeq } = parseSegmentTrailer(trailer)
+    if (runBytes === 0 || runOffsetBytes + runBytes + SEGMENT_TRAILER_BYTES !== sizeBytes) return undefined
+    return { path, offsetBytes: runOffsetBytes, runBytes, lastSeq }
   } catch (error) {
     // No trailer, or one that is damaged: the frames say the same, more slowly.
     if (errorCode(error) === 'FORMAT' || errorCode(error) === 'CHECKSUM') return undefined
