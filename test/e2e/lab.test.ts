@@ -2,8 +2,8 @@ import { afterEach, beforeEach, describe, expect, test } from '@jest/globals'
 import { spawn } from 'node:child_process'
 import { existsSync, mkdirSync, readFileSync } from 'node:fs'
 import {
-  attachGuest, bootGuest, checkExt4, checkPrefix, createOverlay, durableRecord, endProcess, extractExt4, isAlive, leaksOf, makeExt4Image, makeTempDir, manifestDifferences, manifestOf, pathsOf,
-  readJournal, runRansomware, startJournalWriter, startVm, tool, unregisterVm, writeDocuments, type TempDir, type VmShape,
+  attachGuest, bootGuest, checkExt4, checkPrefix, createOverlay, durableRecord, endProcess, extractExt4, isAlive, leaksOf, makeBlankImage, makeExt4Image, makeTempDir, manifestDifferences, manifestOf, pathsOf,
+  GroupWriter, ioGap, readJournal, runRansomware, startGapMeter, startJournalWriter, startVm, tool, unregisterVm, untilRecord, writeDocuments, type TempDir, type VmShape,
 } from '../lab/index.ts'
 
 const shapes: readonly VmShape[] = ['8.4', '9.x']
@@ -68,12 +68,16 @@ describe.each(shapes)('a guest in the shape of %s', (shape) => {
     const job = guest.start('echo begun; sleep 60')
     await expect(guest.end(job)).resolves.toMatchObject({ stdout: 'begun\n' })
 
+    const noisy = guest.start('while :; do echo noise; printf "< garbage"; usleep 5000; done >/dev/ttyS1')
+    expect((await guest.check('seq 3000', { deadlineMs: 60_000 })).length).toBe(13_893)
+    await guest.end(noisy, 'KILL')
+
     await guest.check('for key in scsi0 scsi1 virtio0; do echo "$key" >/mnt/$key/key; done')
     expect(await guest.stop()).toBe(true)
     expect(isAlive(guest.vm.pid)).toBe(false)
     for (const { path, format } of disks) expect(await checkExt4(path, dir.path, format)).toMatchObject({ clean: true, replayed: false })
     mkdirSync(`${dir.path}/out`)
-    await extractExt4(disks[1]!.path, '/key', `${dir.path}/out`, 'qcow2')
+    await extractExt4(disks[1].path, '/key', `${dir.path}/out`, 'qcow2')
     expect(readFileSync(`${dir.path}/out/key`, 'utf8')).toBe('scsi1\n')
   }, 120_000)
 
@@ -85,7 +89,7 @@ describe.each(shapes)('a guest in the shape of %s', (shape) => {
     await using guest = await bootGuest({ rootDir: dir.path, vmId: 102, shape, disks, mount: ['scsi0', 'scsi1'] })
     const startedAt = performance.now()
     const job = startJournalWriter(guest, ['/mnt/scsi0', '/mnt/scsi1'])
-    await guest.check('until [ "$(cat /run/lab/journal-writer 2>/dev/null || echo 0)" -ge 200 ]; do usleep 50000; done', { deadlineMs: 60_000 })
+    await untilRecord(guest, 200)
     const durable = await durableRecord(guest)
     console.log(`${Math.round((durable * 1000) / (performance.now() - startedAt))} fsyncs a second in the shape of ${shape}`)
     await guest.kill()
@@ -97,6 +101,51 @@ describe.each(shapes)('a guest in the shape of %s', (shape) => {
     expect(report.last).toBeGreaterThanOrEqual(durable)
   }, 120_000)
 })
+
+test('two guests, each record durable in one before the next is begun in the other: both killed, the records are a prefix', async () => {
+  const shapeOf = { 101: '9.x', 102: '8.4' } as const
+  const images: { path: string; format: 'raw' }[] = []
+  const guests = await Promise.all(
+    ([101, 102] as const).map(async (vmId) => {
+      images.push({ path: `${dir.path}/${vmId}.raw`, format: 'raw' })
+      return bootGuest({ rootDir: dir.path, vmId, shape: shapeOf[vmId], disks: [{ key: 'scsi0', path: await disk(`${vmId}.raw`), format: 'raw' }], mount: ['scsi0'] })
+    }),
+  )
+  await using first = guests[0]
+  await using second = guests[1]
+  console.log(`two at once: ${guests.map(({ bootMs }) => Math.round(bootMs)).join(' and ')} ms`)
+  startGapMeter(first, '/mnt/scsi0')
+  const writer = new GroupWriter(guests.map((guest) => ({ guest, dir: '/mnt/scsi0' })))
+  const startedAt = performance.now()
+  while (writer.durable < 40) await first.check('usleep 20000')
+  console.log(`group records: ${Math.round((writer.durable * 1000) / (performance.now() - startedAt))} a second`)
+  const gap = await ioGap(first)
+  expect(gap).toMatchObject({ failed: 0 })
+  expect(gap.writes).toBeGreaterThan(10)
+  expect(gap.longestGapMs).toBeLessThan(5_000)
+  const durable = writer.durable
+  await Promise.all([first.kill(), second.kill()])
+  await expect(writer.stop()).rejects.toMatchObject({ code: 'CLOSED' })
+  const report = checkPrefix(await journalsOf(images))
+  expect(report).toMatchObject({ ok: true })
+  expect(report.last).toBeGreaterThanOrEqual(durable)
+}, 120_000)
+
+test.each(shapes)('a VM without an OS takes load through its own NBD server in the shape of %s', async (shape) => {
+  const disks = []
+  for (const key of ['scsi0', 'scsi1', 'virtio0']) {
+    await makeBlankImage(`${dir.path}/${key}.raw`, 16 * MiB)
+    disks.push({ key, path: `${dir.path}/${key}.raw`, format: 'raw' as const, shareRw: true })
+  }
+  await using vm = await startVm({ rootDir: dir.path, vmId: 103, shape, disks, nbdServerPath: `${dir.path}/load` })
+  for (const { key, path } of disks) {
+    await tool('qemu-io', ['-f', 'raw', '-c', 'write -P 0x5a 1M 64k', '-c', 'flush', `nbd+unix:///${key}?socket=${dir.path}/load`])
+    await tool('qemu-io', ['-U', '-r', '-f', 'raw', '-c', 'read -P 0x5a 1M 64k', path]).then(({ stdout }) => expect(stdout).not.toContain('failed'))
+  }
+  expect(vm.running).toBe(true)
+  await vm.kill()
+  expect(vm.running).toBe(false)
+}, 60_000)
 
 test('the same VM boots from an overlay over an NBD export, and the export stays as it was', async () => {
   const base = await disk('base.raw')
@@ -148,15 +197,15 @@ test('QEMU that does not start says why and leaves nothing running', async () =>
   await expect(start).rejects.toMatchObject({ code: 'CLOSED', message: expect.stringContaining('scsi0') })
 })
 
-test('a running guest is taken over by another client, and a power failure needs no help of the guest', async () => {
+test('a guest that outlives its starter is taken over by another client, and cut off without its help', async () => {
   const image = await disk('a.raw')
-  await using guest = await bootGuest({ rootDir: dir.path, vmId: 101, shape: '9.x', disks: [{ key: 'scsi0', path: image, format: 'raw' }], mount: ['scsi0'] })
-  await guest.check('journal-writer 70 /mnt/scsi0', { deadlineMs: 60_000 })
-  guest.channel.close()
-  const second = await attachGuest(dir.path, 101)
-  const text = await readJournal(second, '/mnt/scsi0')
-  expect(checkPrefix([text])).toEqual({ ok: true, last: 70 })
-  second.detach()
-  await guest.vm.quit()
+  const first = await bootGuest({ rootDir: dir.path, vmId: 101, shape: '9.x', disks: [{ key: 'scsi0', path: image, format: 'raw' }], mount: ['scsi0'], outliveParent: true })
+  await first.check('journal-writer main 70 /mnt/scsi0', { deadlineMs: 60_000 })
+  first.detach()
+  await using second = await attachGuest(dir.path, 101)
+  expect(second.vm.pid).toBe(first.vm.pid)
+  expect(checkPrefix([await readJournal(second, '/mnt/scsi0')])).toEqual({ ok: true, last: 70 })
+  await second.vm.quit()
+  expect(isAlive(first.vm.pid)).toBe(false)
   expect(await checkExt4(image, dir.path)).toMatchObject({ clean: true, replayed: true })
 }, 90_000)

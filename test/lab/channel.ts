@@ -10,10 +10,11 @@ export type GuestJob = {
   ended: Promise<CommandResult>
 }
 
-type Running = { stdout: string[]; stderr: string[]; resolve: (result: CommandResult) => void; reject: (error: CdpError) => void }
+type Running = { stdout: string[]; stderr: string[]; started: boolean; heardAtMs: number; resolve: (result: CommandResult) => void; reject: (error: CdpError) => void }
 
 const pieceBytes = 1_500
 const repeatAfterMs = 2_000
+const askAfterMs = 5_000
 
 /**
  * The host's end of the command channel (test/lab/guest/channel describes the lines). Pieces are sent one at a time and repeated until the guest has
@@ -27,15 +28,18 @@ export class GuestChannel {
   #sending: Promise<void> = Promise.resolve()
   #nextId = 1
   #rest = ''
+  readonly #asking: NodeJS.Timeout
   #closed = false
 
   private constructor(socket: Socket) {
     this.#socket = socket
+    this.#asking = setInterval(() => this.#askForLost(), askAfterMs).unref()
     socket.setEncoding('latin1')
     socket.on('data', (text: string) => this.#take(text))
     socket.on('error', () => socket.destroy()) // 'close' follows and ends what waits
     socket.on('close', () => {
       this.#closed = true
+      clearInterval(this.#asking)
       for (const { reject } of this.#running.values()) reject(new CdpError('CLOSED', 'the guest went away'))
       this.#running.clear()
       this.#acknowledged?.resolve()
@@ -77,7 +81,7 @@ export class GuestChannel {
     const id = `${this.#session}x${(this.#nextId++).toString(36)}`
     const ended = new Promise<CommandResult>((resolve, reject) => {
       if (this.#closed) reject(new CdpError('CLOSED', 'the guest went away'))
-      else this.#running.set(id, { stdout: [], stderr: [], resolve, reject })
+      else this.#running.set(id, { stdout: [], stderr: [], started: false, heardAtMs: 0, resolve, reject })
     })
     ended.catch(() => undefined) // whoever awaits it sees it; a job nobody waits for is no unhandled rejection
     const text = Buffer.from(script).toString('base64')
@@ -86,6 +90,7 @@ export class GuestChannel {
       const data = text.slice((n - 1) * pieceBytes, n * pieceBytes)
       this.#sending = this.#sending.then(() => this.#sendPiece(`> ${id} ${n} ${total} ${data.length} ${data}`, `< ${id} A ${n}`))
     }
+    this.#sending = this.#sending.then(() => this.#markStarted(id))
     return { id, ended }
   }
 
@@ -115,6 +120,16 @@ export class GuestChannel {
     })
   }
 
+  #markStarted(id: string): void {
+    const job = this.#running.get(id)
+    if (job) Object.assign(job, { started: true, heardAtMs: performance.now() })
+  }
+
+  /** The line that tells a job's end may have been lost in noise. */
+  #askForLost(): void {
+    for (const [id, job] of this.#running) if (job.started && performance.now() - job.heardAtMs > askAfterMs) this.#socket.write(`? ${id}\n`)
+  }
+
   #take(text: string): void {
     const lines = (this.#rest + text).split('\n')
     this.#rest = lines.pop()!
@@ -126,6 +141,7 @@ export class GuestChannel {
     const [mark, id = '', kind, data = '', outSum, errSum] = line.split(' ')
     const job = mark === '<' ? this.#running.get(id) : undefined
     if (!job) return
+    job.heardAtMs = performance.now()
     if (kind === 'O') job.stdout.push(data)
     else if (kind === 'E') job.stderr.push(data)
     else if (kind === 'X') this.#finish(id, job, Number(data), outSum, errSum)

@@ -80,7 +80,8 @@ export const proxmoxCommandLine = (vm: CommandLine): string[] => {
 
 const indexOf = (key: string): number => Number(key.replace(/\D+/, ''))
 const isScsi = (key: string): boolean => key.startsWith('scsi')
-const iothreadOf = (key: string): string => (isScsi(key) ? `iothread-virtioscsi${indexOf(key)}` : `iothread-${key}`)
+/** The iothread of a disk. */
+export const iothreadOf = (key: string): string => (isScsi(key) ? `iothread-virtioscsi${indexOf(key)}` : `iothread-${key}`)
 const hex = (value: number): string => `0x${value.toString(16)}`
 
 const controller = (key: string): string[] =>

@@ -9,14 +9,14 @@ import { labCacheDir, projectDir } from './project.ts'
 export type GuestImage = { kernel: string; initrd: string; kernelVersion: string }
 
 const wantedModules = ['virtio_pci', 'virtio_scsi', 'sd_mod', 'virtio_blk', 'virtio_console', 'button', 'evdev']
-const programs = ['journal-writer', 'documents', 'ransomware']
+const programs = ['journal-lib', 'journal-writer', 'journal-record', 'documents', 'ransomware', 'io-gap']
 
 /**
  * Debian's cloud kernel as scripts/setup unpacked it and an initramfs of busybox, the modules that the kernel lacks, and test/lab/guest.
- * Kept below .cache/lab under the digest of its content.
+ * Kept below .cache/lab under the digest of its content. `kernelTree` is another unpacked kernel package.
  */
-export const guestImage = async (): Promise<GuestImage> => {
-  const tree = `${projectDir()}/.cache/debian/kernel`
+export const guestImage = async (kernelTree?: string): Promise<GuestImage> => {
+  const tree = kernelTree ?? `${projectDir()}/.cache/debian/kernel`
   const [kernel] = globSync(`${tree}/boot/vmlinuz-*`)
   if (!kernel) throw new CdpError('NOT_FOUND', `no kernel below ${tree}/boot`, { hint: 'run scripts/setup' })
   const kernelVersion = basename(kernel).slice('vmlinuz-'.length)

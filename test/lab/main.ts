@@ -6,7 +6,7 @@ import { attachGuest, bootGuest } from './guest.ts'
 import { pathsOf } from './node-files.ts'
 import { commandLineOf, endProcess } from './process.ts'
 import { startSiteDaemons, type RunningDaemon } from './site-daemons.ts'
-import { attachVm, runningPid } from './vm.ts'
+import { attachVm, runningPid, type LabVm } from './vm.ts'
 import type { VmShape } from './command-line.ts'
 
 // npm run lab -- up|down|status [--root DIR] [--json]: two guests as on a Proxmox node, and the daemons of both sites.
@@ -48,9 +48,11 @@ const up = async (rootDir: string): Promise<unknown> => {
             return { key: `scsi${index}`, path, format: 'raw' as const }
           }),
         )
-        const guest = await bootGuest({ rootDir, vmId, shape, disks, agent: true, mount: ['scsi0', 'scsi1'], outliveParent: true })
-        state.vms.push({ vmId, shape, pid: guest.vm.pid })
-        writeState(state)
+        const onStarted = ({ pid }: LabVm): void => {
+          state.vms.push({ vmId, shape, pid })
+          writeState(state)
+        }
+        const guest = await bootGuest({ rootDir, vmId, shape, disks, agent: true, mount: ['scsi0', 'scsi1'], outliveParent: true, onStarted })
         guest.detach()
       }),
     )
@@ -69,7 +71,7 @@ const down = async (rootDir: string): Promise<unknown> => {
   if (!state) return { rootDir, up: false, stopped: [] }
   const stopped: { vmId: number; graceful: boolean }[] = []
   for (const { pid, command } of state.daemons.toReversed()) if (commandLineOf(pid)?.join(' ') === command.join(' ')) await endProcess(pid)
-  await Promise.all(
+  await Promise.allSettled(
     state.vms.map(async ({ vmId, pid }) => {
       if (runningPid(rootDir, vmId) !== pid) return
       const vm = await attachVm(rootDir, vmId)

@@ -1,11 +1,11 @@
 import { spawn } from 'node:child_process'
 import { closeSync, openSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
-import { proxmoxCommandLine, type CommandLine, type VmDisk, type VmShape } from './command-line.ts'
+import { iothreadOf, proxmoxCommandLine, type CommandLine, type VmDisk, type VmShape } from './command-line.ts'
 import { ConsoleLog } from './console-log.ts'
 import { Monitor } from './monitor.ts'
 import { defaultNodeName, makeNode, pathsOf, registerVm, removeRunFiles, uuidOf } from './node-files.ts'
-import { commandLineOf, endProcess, tool, waitForEnd, withDeadline } from './process.ts'
+import { commandLineOf, endProcess, isAlive, tool, waitForEnd, withDeadline } from './process.ts'
 
 export type StartVmOptions = {
   /** Stands for /. At most about 75 bytes: unix socket paths end at 107. */
@@ -25,6 +25,8 @@ export type StartVmOptions = {
   nbdServerPath?: string
   /** The VM goes on when this process ends (lab up). By default it is killed with it. */
   outliveParent?: boolean
+  /** Called as soon as QEMU answers, before any guest has booted. */
+  onStarted?: (vm: LabVm) => void
   /** Starts with stopped CPUs, as Proxmox's freeze: 1 does. */
   frozen?: boolean
 }
@@ -67,6 +69,7 @@ export const startVm = async (options: StartVmOptions): Promise<LabVm> => {
     if (options.outliveParent) child.unref()
     const vm = new LabVm({ rootDir, vmId, pid: child.pid!, console, monitor, ended })
     if (options.nbdServerPath) await serveDisks(monitor, options.nbdServerPath, options.disks, shape)
+    options.onStarted?.(vm)
     return vm
   } catch (cause) {
     child.kill('SIGKILL')
@@ -128,6 +131,11 @@ export class LabVm {
 
   waitForLine(pattern: RegExp, deadlineMs: number): Promise<string> {
     return this.console.waitForLine(pattern, deadlineMs)
+  }
+
+  /** False once QEMU has ended, for whatever reason. */
+  get running(): boolean {
+    return isAlive(this.pid)
   }
 
   /** qm shutdown: power button, `quit` once the guest is down, SIGKILL at the deadline. True if the guest went down by itself. */
@@ -224,14 +232,25 @@ const openMonitor = async (path: string, ended: Promise<void>, diagnosis: () => 
   }
 }
 
-/** Exports the root nodes over QEMU's NBD server, writable, named after the disks' keys. */
+/** Exports the root nodes over QEMU's NBD server, writable, in the disks' own iothreads, named after their keys. A mirror attached later carries these exports along. */
 const serveDisks = async (monitor: Monitor, path: string, disks: readonly VmDisk[], shape: VmShape): Promise<void> => {
   rmSync(path, { force: true })
-  await monitor.run('nbd-server-start', { addr: { type: 'unix', data: { path } } })
+  await monitor.run('nbd-server-start', { addr: { type: 'unix', data: { path } }, 'max-connections': 0 })
   const blocks = (await monitor.run('query-block')) as { device: string; inserted?: { 'node-name': string } }[]
   for (const { key } of disks) {
     const node = shape === '9.x' ? `drive-${key}` : blocks.find(({ device }) => device === `drive-${key}`)?.inserted?.['node-name']
     if (!node) throw new CdpError('NOT_FOUND', `no node of ${key}`)
-    await monitor.run('block-export-add', { type: 'nbd', id: `load-${key}`, 'node-name': node, name: key, writable: true })
+    const args = { type: 'nbd', id: `load-${key}`, 'node-name': node, name: key, writable: true, iothread: iothreadOf(key), 'fixed-iothread': true }
+    const until = performance.now() + 10_000
+    for (;;) {
+      try {
+        await monitor.run('block-export-add', args)
+        break
+      } catch (error) {
+        // the firmware has to start a virtio-blk device before its iothread may be shared
+        if (!errorMessage(error).includes('Cannot change iothread') || performance.now() > until) throw error
+        await new Promise((resolve) => setTimeout(resolve, 20))
+      }
+    }
   }
 }

@@ -1,4 +1,3 @@
-import { CdpError } from '../../core/errors/index.ts'
 import type { GuestJob } from './channel.ts'
 import type { Guest } from './guest.ts'
 
@@ -6,10 +5,64 @@ import type { Guest } from './guest.ts'
  * Starts `journal-writer` (test/lab/guest/journal-writer) over some directories, best one on each disk: numbered, checked records, each made durable
  * by fsync before the next one is begun, in turn over the directories. `count` 0 goes on until it is ended by guest.end(job).
  */
-export const startJournalWriter = (guest: Guest, dirs: readonly string[], count = 0): GuestJob => guest.start(`journal-writer ${count} ${dirs.join(' ')}`)
+export const startJournalWriter = (guest: Guest, dirs: readonly string[], options: { count?: number; name?: string } = {}): GuestJob =>
+  guest.start(`journal-writer ${options.name ?? 'main'} ${options.count ?? 0} ${dirs.join(' ')}`)
 
 /** The number of the highest record known durable in the guest; 0 before the first. Asked before a cut is taken: the cut has to hold at least this. */
-export const durableRecord = async (guest: Guest): Promise<number> => Number((await guest.check('cat /run/lab/journal-writer 2>/dev/null || echo 0')).trim())
+export const durableRecord = async (guest: Guest, name = 'main'): Promise<number> => Number((await guest.check(`cat /run/lab/writer-${name} 2>/dev/null || echo 0`)).trim())
+
+/** Waits in the guest until that many records are durable. */
+export const untilRecord = async (guest: Guest, number: number, options: { name?: string; deadlineMs?: number } = {}): Promise<void> => {
+  const file = `/run/lab/writer-${options.name ?? 'main'}`
+  await guest.check(`until [ "$(cat ${file} 2>/dev/null || echo 0)" -ge ${number} ]; do usleep 50000; done`, { deadlineMs: options.deadlineMs ?? 60_000 })
+}
+
+/** Dependent writes over several guests: record n+1 is sent to the next guest only when record n is durable in its own. checkPrefix takes their texts in this order. */
+export class GroupWriter {
+  readonly #places: readonly { guest: Guest; dir: string }[]
+  readonly #running: Promise<void>
+  #durable = 0
+  #stopping = false
+
+  constructor(places: readonly { guest: Guest; dir: string }[]) {
+    this.#places = places
+    this.#running = this.#write()
+    this.#running.catch(() => undefined) // stop() reports it
+  }
+
+  /** The highest record known durable. */
+  get durable(): number {
+    return this.#durable
+  }
+
+  /** Ends after the record under way; throws what went wrong meanwhile. The highest durable record. */
+  async stop(): Promise<number> {
+    this.#stopping = true
+    await this.#running
+    return this.#durable
+  }
+
+  async #write(): Promise<void> {
+    while (!this.#stopping) {
+      const number = this.#durable + 1
+      const { guest, dir } = this.#places[(number - 1) % this.#places.length]
+      await guest.check(`journal-record ${number} ${dir}`, { deadlineMs: 60_000 })
+      this.#durable = number
+    }
+  }
+}
+
+export type IoGap = { writes: number; longestGapMs: number; failed: number }
+
+/** Starts small fsynced writes that never pause; ioGap() tells the longest time one took. */
+export const startGapMeter = (guest: Guest, dir: string): GuestJob => guest.start(`io-gap ${dir}`)
+
+/** What the gap meter has seen so far; the write under way counts with its age. Resolution 10 ms. */
+export const ioGap = async (guest: Guest): Promise<IoGap> => {
+  const text = await guest.check('cat /run/lab/io-gap /proc/uptime')
+  const [writes = 0, longestMs = 0, lastMs = 0, failed = 0, uptimeSeconds = 0] = text.split(/\s+/).map(Number)
+  return { writes, longestGapMs: Math.max(longestMs, Math.round(uptimeSeconds * 1000) - lastMs), failed }
+}
 
 /** The text of a directory's journal, as checkPrefix takes it, read in a guest. */
 export const readJournal = (guest: Guest, dir: string): Promise<string> => guest.check(`cat ${dir}/journal/*.log 2>/dev/null || true`, { deadlineMs: 120_000 })
@@ -52,31 +105,3 @@ export const recordOf = (n: number): string => {
   }
   return `record ${n + 1_000_000_000} ${filling} ${sum + 1_000_000_000n} end`
 }
-
-/** MD5 sums by path below the directory. */
-export type Manifest = Map<string, string>
-
-/** Writes `count` text files with content that depends on the seed; durable when it returns. */
-export const writeDocuments = async (guest: Guest, dir: string, count: number, seed: number): Promise<Manifest> => {
-  const manifest = parseManifest(await guest.check(`documents ${dir} ${count} ${seed}`, { deadlineMs: 120_000 }))
-  if (manifest.size !== count) throw new CdpError('IO', `${manifest.size} documents were written instead of ${count}`)
-  return manifest
-}
-
-/** The files below a directory as they are now. */
-export const manifestOf = async (guest: Guest, dir: string): Promise<Manifest> => parseManifest(await guest.check(`cd ${dir} && find . -type f | sort | xargs md5sum`, { deadlineMs: 120_000 }))
-
-/** Overwrites and renames every document; the number of files lost. */
-export const runRansomware = async (guest: Guest, dir: string): Promise<number> => Number((await guest.check(`ransomware ${dir}`, { deadlineMs: 120_000 })).trim())
-
-/** Paths that differ between two manifests or stand in one only. */
-export const manifestDifferences = (before: Manifest, after: Manifest): string[] =>
-  [...new Set([...before.keys(), ...after.keys()])].filter((path) => before.get(path) !== after.get(path)).sort()
-
-const parseManifest = (text: string): Manifest =>
-  new Map(
-    text
-      .split('\n')
-      .filter(Boolean)
-      .map((line): [string, string] => [line.slice(34), line.slice(0, 32)]),
-  )
