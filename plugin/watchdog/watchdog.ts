@@ -1,0 +1,21 @@
+// The watchdog process. The plugin proves each 200 ms, by a byte on this process's stdin, that its main loop turns; the main loop does so only
+// while every worker's does. When nothing comes for the time given, the plugin is killed: its sockets close, QEMU drops its jobs, guests go on.
+// When stdin ends, the plugin is gone and so is this process. It knows nothing else, allocates nothing, and works while the plugin is stopped.
+const [pidText, limitText] = process.argv.slice(2)
+const pid = Number(pidText)
+const limitMs = Number(limitText)
+let lastMs = performance.now()
+
+process.stdin.on('data', () => (lastMs = performance.now()))
+process.stdin.on('end', () => process.exit(0))
+
+setInterval(() => {
+  if (performance.now() - lastMs < limitMs) return
+  try {
+    process.kill(pid, 'SIGKILL')
+  } catch (error) {
+    process.stderr.write(`watchdog: ${String(error)}\n`)
+  }
+  process.stderr.write(`watchdog: pve-cdp plugin (pid ${pid}) gave no sign of life for ${Math.round(performance.now() - lastMs)} ms and was killed\n`)
+  process.exit(1)
+}, 100)
