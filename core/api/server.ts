@@ -1,7 +1,6 @@
 import { chmod, lstat, mkdir, rm } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { dirname } from 'node:path'
-import { fastify } from 'fastify'
 import type { FastifyInstance, FastifyReply } from 'fastify'
 import { CdpError, errorCode, errorMessage, toCdpError } from '../errors/index.ts'
 import type { Logger } from '../log/index.ts'
@@ -39,6 +38,8 @@ export const createApi = async (options: ApiOptions): Promise<ApiServer> => {
   await prepareSocket(socketPath)
   const streams = new EventStreams(options.events, log)
   const closing = new AbortController()
+  // Loaded here: clients import this folder too, and pvecdp should start quickly.
+  const { fastify } = await import('fastify')
   const app = fastify({ bodyLimit: maxBodyBytes, requestTimeout: 30_000, forceCloseConnections: true, logger: false })
   setUpErrors(app, log)
   for (const { endpoint, handle } of options.routes) {
