@@ -26,7 +26,7 @@ export class ClientConnection {
   /** Resolves when the socket is closed, whoever closed it; never rejects. */
   readonly closed: Promise<void>
   readonly #socket: Socket
-  #disconnecting: Promise<void> | undefined
+  #disconnecting: Promise<boolean> | undefined
 
   private constructor(socket: Socket, session: ClientSession, table: RequestTable, closed: Promise<void>) {
     this.#socket = socket
@@ -35,9 +35,10 @@ export class ClientConnection {
     this.closed = closed
   }
 
-  /** @throws CdpError UNREACHABLE (nobody listens), TIMEOUT, ABORTED, NBD_REFUSED, NBD_PROTOCOL, CLOSED */
+  /** @throws CdpError UNREACHABLE (nobody listens), TIMEOUT, ABORTED, NBD_REFUSED, NBD_PROTOCOL, CLOSED, BAD_INPUT */
   static async open(address: NbdAddress, options: OpenOptions): Promise<ClientConnection> {
     if (options.signal?.aborted) throw new CdpError('ABORTED', 'The NBD connection was given up.', { cause: options.signal.reason })
+    if (!(options.maxRequestsInFlight >= 1)) throw new CdpError('BAD_INPUT', 'An NBD client needs room for at least one request.')
     const where = describeAddress(address)
     const handshake = new ClientHandshake(options)
     const opened = Promise.withResolvers<ClientConnection>()
@@ -125,20 +126,28 @@ export class ClientConnection {
     this.#socket.uncork()
   }
 
-  /** NBD_CMD_DISC, then the end; requests under way are rejected with CLOSED. Destroys a socket whose server does not close within 2 s. Idempotent. */
-  disconnect(): Promise<void> {
-    this.#disconnecting ??= this.#disconnect()
+  /**
+   * NBD_CMD_DISC, then the end; requests under way are rejected with CLOSED. Idempotent. @returns false if the server did not close within waitMs
+   * and the socket was destroyed
+   */
+  disconnect(waitMs = DISCONNECT_WAIT_MS): Promise<boolean> {
+    this.#disconnecting ??= this.#disconnect(waitMs)
     return this.#disconnecting
   }
 
-  async #disconnect(): Promise<void> {
+  async #disconnect(waitMs: number): Promise<boolean> {
+    let clean = true
     this.table.failAll(new CdpError('CLOSED', 'The NBD client was closed.'))
     if (this.#socket.writable) {
       this.send(NBD_CMD_DISC, 0, 0, 0, 0, 0)
       this.#socket.end()
     }
-    const timer = setTimeout(() => this.#socket.destroy(), DISCONNECT_WAIT_MS)
+    const timer = setTimeout(() => {
+      clean = false
+      this.#socket.destroy()
+    }, waitMs)
     await this.closed
     clearTimeout(timer)
+    return clean
   }
 }

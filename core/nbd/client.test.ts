@@ -230,4 +230,10 @@ describe('connecting', () => {
     const left = await new Promise((resolve) => server?.getConnections((_error, count) => resolve(count)))
     expect(left).toBe(0)
   })
+
+  test('checkHandshake is not satisfied with a server that ignores the goodbye', async () => {
+    await serveBy(() => undefined)
+    server?.on('connection', (socket: Socket) => Object.assign(socket, { allowHalfOpen: true }))
+    await expect(checkHandshake({ path }, 'disk', 50)).rejects.toEqual(coded('TIMEOUT'))
+  })
 })

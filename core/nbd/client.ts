@@ -2,7 +2,7 @@ import { CdpError } from '../errors/index.ts'
 import { ClientConnection } from './client-connection.ts'
 import { aborted, type ByteRange, type PendingRequest } from './client-requests.ts'
 import * as nbd from './constants.ts'
-import type { BlockSize, Extent, NbdAddress } from './export.ts'
+import { describeAddress, type BlockSize, type Extent, type NbdAddress } from './export.ts'
 
 export type NbdClientOptions = {
   exportName: string
@@ -148,8 +148,8 @@ export class NbdClient {
   }
 
   /** Says goodbye (NBD_CMD_DISC) and closes; what is still under way is rejected with CLOSED. Idempotent. */
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.#connection.disconnect()
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#connection.disconnect()
   }
 
   async #submit(
@@ -219,10 +219,17 @@ export class NbdClient {
   }
 }
 
-/** Full handshake and a clean disconnect: whether a server really answers for this export, within deadlineMs. @throws as NbdClient.connect */
+/**
+ * Full handshake and a clean disconnect, all within deadlineMs from now: whether a server really answers for this export.
+ * @throws CdpError as NbdClient.connect; TIMEOUT also for a server that does not close after NBD_CMD_DISC
+ */
 export const checkHandshake = async (address: NbdAddress, exportName: string, deadlineMs: number): Promise<void> => {
-  const client = await NbdClient.connect(address, { exportName, deadlineMs })
-  await client[Symbol.asyncDispose]()
+  const startMs = performance.now()
+  const connection = await ClientConnection.open(address, { exportName, deadlineMs, maxRequestsInFlight: 1 })
+  const leftMs = deadlineMs - (performance.now() - startMs)
+  if (!(await connection.disconnect(Math.max(1, leftMs)))) {
+    throw new CdpError('TIMEOUT', `The NBD server ${describeAddress(address)} did not close after the client said goodbye.`, { retry: true })
+  }
 }
 
 /** Appends `extents`, cut off at coveredBytes, merging neighbours with equal flags. */

@@ -51,6 +51,7 @@ export class ServerConnection implements RequestSink {
   #inFlightBytes = 0
   #ending = false
   #socketClosed = false
+  #corked = false
   #finish: () => void = () => undefined
 
   constructor(socket: Socket, options: ConnectionOptions) {
@@ -103,7 +104,7 @@ export class ServerConnection implements RequestSink {
       if (this.#parser) this.#parser.push(chunk)
       else this.#negotiate(chunk)
     } catch (error) {
-      this.#fail(toCdpError(error, 'NBD_PROTOCOL'))
+      this.#fail(toCdpError(error))
       return
     }
     this.#pump()
@@ -162,12 +163,22 @@ export class ServerConnection implements RequestSink {
       settled()
       return
     }
-    this.#socket.cork()
+    this.#corkTurn()
     reply.send.forEach((part, index) => {
       if (index === reply.send.length - 1) this.#socket.write(part, settled)
       else this.#socket.write(part)
     })
-    this.#socket.uncork()
+  }
+
+  /** Replies that become ready in one turn of the event loop leave by one writev. */
+  #corkTurn(): void {
+    if (this.#corked) return
+    this.#corked = true
+    this.#socket.cork()
+    process.nextTick(() => {
+      this.#corked = false
+      this.#socket.uncork()
+    })
   }
 
   #fail(error: CdpError): void {
@@ -200,7 +211,11 @@ export class ServerConnection implements RequestSink {
     if (!this.#socketClosed || this.#inFlight > 0) return
     const served = this.#served
     this.#served = undefined
-    served?.closed?.()
+    try {
+      served?.closed?.()
+    } catch (error) {
+      this.#options.onError(toCdpError(error))
+    }
     this.#finish()
   }
 }

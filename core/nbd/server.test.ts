@@ -1,4 +1,4 @@
-import { mkdtemp, readdir, rm, stat } from 'node:fs/promises'
+import { mkdtemp, readdir, rename, rm, stat } from 'node:fs/promises'
 import { createConnection, createServer, type Socket } from 'node:net'
 import { once } from 'node:events'
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals'
@@ -8,6 +8,7 @@ import * as nbd from './constants.ts'
 import type { NbdExport } from './export.ts'
 import { MemoryExport } from './memory-export.ts'
 import { encodeOption, encodeString } from './option-codec.ts'
+import { seededIntegers } from './seeded.ts'
 import { NbdServer, type NbdServerOptions } from './server.ts'
 
 const MIB = 1024 * 1024
@@ -108,6 +109,43 @@ describe.each([true, false])('client and server, structured replies %s', (struct
     expect(server.counters).toMatchObject({ requests: 9, errorReplies: 8, openConnections: 1, protocolErrors: 0 })
   })
 
+  test('a random history leaves the same bytes as in a model', async () => {
+    const seed = Date.now() >>> 0
+    console.log(`seed ${seed}`)
+    const below = seededIntegers(seed)
+    const disk = new MemoryExport({ name: 'disk', sizeBytes: MIB, sparseReads: true })
+    const model = Buffer.alloc(MIB)
+    await serve([disk], { structuredReplies })
+    const client = await join({ metaContexts: [nbd.BASE_ALLOCATION] })
+    for (let step = 0; step < 400; step++) {
+      const offsetBytes = below(MIB)
+      const lengthBytes = below(Math.min(below(2) === 0 ? 5000 : 300_000, MIB - offsetBytes + 1))
+      const endBytes = offsetBytes + lengthBytes
+      switch (below(5)) {
+        case 0:
+          model.fill(below(256), offsetBytes, endBytes)
+          await client.write(offsetBytes, Buffer.from(model.subarray(offsetBytes, endBytes)), { fua: below(2) === 0 })
+          break
+        case 1:
+          model.fill(0, offsetBytes, endBytes)
+          await client.writeZeroes(offsetBytes, lengthBytes)
+          break
+        case 2:
+          model.fill(0, offsetBytes, endBytes)
+          await client.trim(offsetBytes, lengthBytes)
+          break
+        default: {
+          const target = Buffer.alloc(lengthBytes, 0xee)
+          for (const hole of await client.readInto(target, 0, offsetBytes, lengthBytes)) {
+            expect(model.subarray(hole.offsetBytes, hole.offsetBytes + hole.lengthBytes).every((byte) => byte === 0)).toBe(true)
+          }
+          expect(target.equals(model.subarray(offsetBytes, endBytes))).toBe(true)
+        }
+      }
+    }
+    expect(disk.bytes.equals(model)).toBe(true)
+  })
+
   test('an export that reads too little is an I/O error, not a broken stream', async () => {
     const disk = new MemoryExport({ name: 'disk', sizeBytes: MIB })
     disk.read = async () => [Buffer.alloc(3)]
@@ -158,6 +196,43 @@ describe('NbdServer', () => {
     expect(disk.bytes.indexOf(0x33)).toBe(512)
     expect(disk.bytes.lastIndexOf(0x33)).toBe(1023)
     expect(server.counters).toMatchObject({ openConnections: 1, errorReplies: 13, protocolErrors: 0, writtenBytes: 512 })
+  })
+
+  test('requests in the same packet as the end of the handshake are served', async () => {
+    await serve([new MemoryExport({ name: 'disk', sizeBytes: MIB })])
+    const socket = createConnection({ path })
+    socket.write(Buffer.concat([
+      Buffer.from([0, 0, 0, 3]), encodeOption(nbd.NBD_OPT_EXPORT_NAME, [encodeString('disk').subarray(4)]),
+      header(nbd.NBD_CMD_READ, 0, 512), header(nbd.NBD_CMD_DISC, 0, 0),
+    ]))
+    let gotBytes = 0
+    socket.on('data', (chunk: Buffer) => (gotBytes += chunk.length))
+    await once(socket, 'close')
+    expect(gotBytes).toBe(18 + 10 + 16 + 512)
+  })
+
+  test('an export whose opened or closed throws loses that connection only, and it is reported', async () => {
+    const errors: CdpError[] = []
+    const disk = new MemoryExport({ name: 'disk', sizeBytes: MIB })
+    const server = await serve([disk], { onConnectionError: (error) => errors.push(error) })
+    const calls = { opened: 0 }
+    disk.opened = () => {
+      if (++calls.opened === 1) throw new RangeError('no room')
+    }
+    disk.closed = () => {
+      throw new RangeError('lost count')
+    }
+    const first = await join()
+    await first.closed
+    const second = await join()
+    expect(await second.read(0, 512)).toHaveLength(512)
+    await second[Symbol.asyncDispose]()
+    await until(() => server.counters.openConnections === 0)
+    expect(errors.map((error) => error.message)).toEqual(['no room', 'lost count'])
+  })
+
+  test('a socket path that is too long is refused with a hint', async () => {
+    await expect(serve([], { address: { path: `${root}/${'x'.repeat(100)}` } })).rejects.toMatchObject({ code: 'BAD_INPUT', hint: expect.any(String) })
   })
 
   test('a read-only export refuses every write and keeps no payload', async () => {
@@ -284,7 +359,6 @@ describe('NbdServer', () => {
     await expect(serve([])).rejects.toEqual(coded('CONFLICT'))
     await new Promise((resolve) => child.close(resolve))
     // A file nobody listens on: bound, then renamed so that closing does not remove it.
-    const { rename } = await import('node:fs/promises')
     const dead = createServer()
     await new Promise<void>((resolve) => dead.listen({ path: `${path}2` }, resolve))
     await rename(`${path}2`, path)

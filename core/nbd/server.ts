@@ -8,7 +8,7 @@ import type { HandshakeExport, HandshakeOptions } from './server-handshake.ts'
 export type NbdServerOptions = {
   /** `port` 0 lets the system choose; see NbdServer.address. */
   address: NbdAddress
-  /** Asked at each handshake; the export it returns serves that connection to its end. */
+  /** Asked whenever a client names an export, several times in one handshake; the last answer serves that connection to its end. */
   findExport(name: string): NbdExport | undefined
   listExports(): readonly NbdExport[]
   /** File mode of the unix socket. Default 0o600. */
@@ -25,6 +25,9 @@ export type NbdServerOptions = {
 export type NbdServerCounters = ConnectionCounters & { connections: number; openConnections: number; refusedConnections: number }
 
 const DEFAULT_LIMITS: ConnectionLimits = { maxRequestsInFlight: 64, maxBytesInFlight: 64 * 1024 * 1024, handshakeDeadlineMs: 10_000 }
+
+/** sockaddr_un holds 108 bytes with the final zero. */
+const MAX_SOCKET_PATH_BYTES = 107
 
 /** How long disposal waits for operations of exports that ignore their AbortSignal. */
 const DISPOSE_WAIT_MS = 5_000
@@ -57,7 +60,7 @@ export class NbdServer {
     this.#server = createServer({ noDelay: true, keepAlive: true }, (socket) => this.#accept(socket))
   }
 
-  /** @throws CdpError CONFLICT when something answers on the address already, IO otherwise. A socket file that nobody serves is replaced. */
+  /** @throws CdpError CONFLICT when something answers on the address already, BAD_INPUT for a path that is too long, IO otherwise. A socket file that nobody serves is replaced. */
   static async listen(options: NbdServerOptions): Promise<NbdServer> {
     const server = new NbdServer(options)
     await server.#listen()
@@ -82,6 +85,9 @@ export class NbdServer {
 
   async #listen(): Promise<void> {
     const { address } = this.#options
+    if ('path' in address && Buffer.byteLength(address.path) > MAX_SOCKET_PATH_BYTES) {
+      throw new CdpError('BAD_INPUT', `The socket path ${address.path} is longer than the ${MAX_SOCKET_PATH_BYTES} bytes Linux allows.`, { hint: 'Choose a shorter directory.' })
+    }
     try {
       await this.#bind()
     } catch (error) {
