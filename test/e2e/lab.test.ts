@@ -1,9 +1,9 @@
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals'
 import { spawn } from 'node:child_process'
-import { existsSync, mkdirSync, readFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs'
 import {
   attachGuest, bootGuest, checkExt4, checkPrefix, createOverlay, durableRecord, endProcess, extractExt4, isAlive, leaksOf, makeBlankImage, makeExt4Image, makeTempDir, manifestDifferences, manifestOf, pathsOf,
-  GroupWriter, ioGap, readJournal, runRansomware, startGapMeter, startJournalWriter, startVm, tool, unregisterVm, untilRecord, writeDocuments, type TempDir, type VmShape,
+  GroupWriter, ioGap, readJournal, runRansomware, runTool, startGapMeter, startJournalWriter, startVm, tool, unregisterVm, untilRecord, waitForEnd, writeDocuments, type TempDir, type VmShape,
 } from '../lab/index.ts'
 
 const shapes: readonly VmShape[] = ['8.4', '9.x']
@@ -209,3 +209,43 @@ test('a guest that outlives its starter is taken over by another client, and cut
   expect(isAlive(first.vm.pid)).toBe(false)
   expect(await checkExt4(image, dir.path)).toMatchObject({ clean: true, replayed: true })
 }, 90_000)
+
+test('a boot that is given up leaves nothing', async () => {
+  const over = new AbortController()
+  const boot = bootGuest({ rootDir: dir.path, vmId: 101, shape: '8.4', disks: [], signal: over.signal, onStarted: () => over.abort() })
+  await expect(boot).rejects.toMatchObject({ code: 'ABORTED' })
+  expect(existsSync(pathsOf(dir.path, 101).pid)).toBe(false)
+}, 30_000)
+
+test('a VM dies with the process that started it, however that ends', async () => {
+  const script = `
+    import { startVm } from '${import.meta.dirname}/../lab/index.ts'
+    const vm = await startVm({ rootDir: '${dir.path}', vmId: 101, shape: '9.x', disks: [] })
+    console.log(vm.pid)
+    process.kill(process.pid, 'SIGKILL')`
+  const { signal, stdout } = await runTool(process.execPath, ['--input-type=module-typescript', '-e', script], { env: { NODE_OPTIONS: '--disable-warning=ExperimentalWarning' } })
+  expect(signal).toBe('SIGKILL')
+  expect(Number(stdout)).toBeGreaterThan(1)
+  expect(await waitForEnd(Number(stdout), 5_000)).toBe(true)
+  for (const path of Object.values(pathsOf(dir.path, 101))) rmSync(path, { force: true })
+}, 30_000)
+
+test('npm run lab: up starts two guests, status and run find them, a second up is refused, down ends them', async () => {
+  const lab = async (...args: string[]): Promise<{ exitCode: number | null; value: Record<string, unknown>; stderr: string }> => {
+    const { exitCode, stdout, stderr } = await runTool(process.execPath, [`${import.meta.dirname}/../lab/main.ts`, ...args, '--json', '--root', dir.path], { env: { NODE_OPTIONS: '--disable-warning=ExperimentalWarning' }, deadlineMs: 100_000 })
+    return { exitCode, value: stdout === '' ? {} : (JSON.parse(stdout) as Record<string, unknown>), stderr }
+  }
+  const vms = [expect.objectContaining({ vmId: 101, shape: '9.x', running: true }), expect.objectContaining({ vmId: 102, shape: '8.4', running: true })]
+  try {
+    const up = await lab('up')
+    expect(up.value).toMatchObject({ up: true, vms: expect.arrayContaining(vms) })
+    console.log(`lab up: ${String(up.value['startMs'])} ms`)
+    expect((await lab('status')).value).toMatchObject({ up: true, vms: expect.arrayContaining(vms) })
+    expect((await lab('run', '102', 'ls /mnt')).value).toMatchObject({ exitCode: 0, stdout: 'scsi0\nscsi1\n' })
+    expect(await lab('up')).toMatchObject({ exitCode: 1, stderr: expect.stringContaining('hint: npm run lab -- down') })
+  } finally {
+    expect((await lab('down')).value).toMatchObject({ up: false, stopped: expect.arrayContaining([{ vmId: 101, graceful: true }, { vmId: 102, graceful: true }]) })
+  }
+  expect((await lab('status')).value).toMatchObject({ up: false, vms: [] })
+  expect((await lab('sideways')).exitCode).toBe(1)
+}, 180_000)

@@ -23,16 +23,17 @@ export class ConsoleLog {
 
   #positionBytes: number
 
-  /** The first line, from the beginning, that matches; TIMEOUT with the last lines otherwise, CLOSED if the log is closed meanwhile. */
-  async waitForLine(pattern: RegExp, deadlineMs: number): Promise<string> {
+  /** The first line, from the beginning, that matches; TIMEOUT with the last lines otherwise, CLOSED if the log is closed meanwhile, ABORTED. */
+  async waitForLine(pattern: RegExp, deadlineMs: number, signal?: AbortSignal): Promise<string> {
     let next = 0
     return new Promise((resolve, reject) => {
       const done = (end: () => void): void => {
         clearTimeout(timer)
         this.#waiters.delete(look)
+        signal?.removeEventListener('abort', abort)
         end()
       }
-      const fail = (code: 'TIMEOUT' | 'CLOSED', why: string): void =>
+      const fail = (code: 'TIMEOUT' | 'CLOSED' | 'ABORTED', why: string): void =>
         done(() => reject(new CdpError(code, `${this.#path}: ${why} waiting for ${String(pattern)}; last lines:\n${this.lines.slice(-15).join('\n')}`)))
       const look = (): void => {
         for (; next < this.lines.length; next++) {
@@ -41,8 +42,11 @@ export class ConsoleLog {
         }
         if (this.#closed) fail('CLOSED', 'it ended')
       }
+      const abort = (): void => fail('ABORTED', 'the caller gave up')
       const timer = setTimeout(() => fail('TIMEOUT', `${deadlineMs} ms passed`), deadlineMs)
       this.#waiters.add(look)
+      signal?.addEventListener('abort', abort)
+      if (signal?.aborted) return abort()
       look()
     })
   }

@@ -1,26 +1,29 @@
 import { CdpError } from '../../core/errors/index.ts'
 import { GuestChannel, jobDir, type CommandResult, type GuestJob } from './channel.ts'
 import { guestImage } from './guest-image.ts'
-import { attachVm, startVm, type LabVm, type StartVmOptions } from './vm.ts'
+import type { LabVm } from './lab-vm.ts'
+import { attachVm, startVm, type StartVmOptions } from './vm.ts'
 
 export type BootGuestOptions = Omit<StartVmOptions, 'kernel' | 'initrd' | 'append'> & {
   /** Keys of disks with ext4 on them, mounted at /mnt/KEY. */
   mount?: readonly string[]
   /** Until commands are answered; 60 s by default: two cores may be busy. */
   deadlineMs?: number
+  /** Another unpacked kernel package than .cache/debian/kernel. */
+  kernelTree?: string
   /** Appended to the kernel's command line. */
   append?: string
 }
 
 /** Starts a VM with the lab's Linux in it, and waits until it takes commands and has mounted what was asked for. */
 export const bootGuest = async (options: BootGuestOptions): Promise<Guest> => {
-  const { mount = [], deadlineMs = 60_000, append, ...rest } = options
-  const { kernel, initrd } = await guestImage()
+  const { mount = [], deadlineMs = 60_000, append, kernelTree, ...rest } = options
+  const { kernel, initrd } = await guestImage(kernelTree)
   const disks = options.disks.map(({ key }) => key).join(',')
   const startedAt = performance.now()
   const vm = await startVm({ ...rest, kernel, initrd, append: `console=ttyS0 quiet loglevel=4 mitigations=off panic=-1 lab.disks=${disks}${append ? ` ${append}` : ''}` })
   try {
-    await vm.waitForLine(/lab: channel ready/, deadlineMs)
+    await vm.waitForLine(/lab: channel ready/, deadlineMs, options.signal)
     const guest = new Guest(vm, await GuestChannel.open(vm.serial0Path), performance.now() - startedAt)
     await guest.check(':', { deadlineMs })
     for (const key of mount) await guest.mount(key)

@@ -4,7 +4,8 @@
 // Everything here is disposed with `await using`; a VM dies with the process that started it unless it is told otherwise.
 // The lab never speaks on ID.qmp (that socket is for the programs under test), never touches files outside its root directory and
 // .cache/lab, never sends a signal to a process it did not start, and holds no policy of the product: it knows nothing of capture or journals.
-export { startVm, attachVm, runningPid, LabVm } from './vm.ts'
+export { startVm, attachVm, runningPid } from './vm.ts'
+export { LabVm } from './lab-vm.ts'
 export type { StartVmOptions } from './vm.ts'
 export { machineOf, proxmoxCommandLine } from './command-line.ts'
 export type { VmDisk, VmShape } from './command-line.ts'

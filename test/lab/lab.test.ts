@@ -1,7 +1,8 @@
 import { describe, expect, test } from '@jest/globals'
 import { mkdirSync } from 'node:fs'
 import { cpioArchive } from './cpio.ts'
-import { tool } from './process.ts'
+import { endProcess, isAlive, processesWith, tool } from './process.ts'
+import { startSiteDaemons, type SiteDaemon } from './site-daemons.ts'
 import { makeTempDir } from './tempdir.ts'
 import { checkPrefix, recordOf } from './workloads.ts'
 
@@ -39,4 +40,16 @@ test('a cpio archive is what cpio itself unpacks', async () => {
   await tool('cpio', ['-id', '--quiet'], { cwd: `${dir.path}/out`, input: archive })
   const { stdout } = await tool('sh', ['-c', 'find . -printf "%p %M %l\n" | sort; cat bin/link'], { cwd: `${dir.path}/out` })
   expect(stdout).toBe('. drwxr-xr-x \n./bin drwxr-xr-x \n./bin/link lrwxrwxrwx program\n./bin/program -rwxr-xr-x \nodd')
+})
+
+test('site daemons start in order; if one ends instead of answering, its log is in the error and the others are ended', async () => {
+  await using dir = makeTempDir()
+  const tailing: SiteDaemon = { name: 'one', command: ['tail', '-f', '{config}'], config: (rootDir) => ({ socket: `${rootDir}/api` }), ready: async () => {} }
+  const [one] = await startSiteDaemons(dir.path, [tailing])
+  expect(one).toMatchObject({ name: 'one', command: ['tail', '-f', `${dir.path}/lab/one.config.json`] })
+  expect(isAlive(one.pid)).toBe(true)
+  await endProcess(one.pid)
+  const failing: SiteDaemon = { ...tailing, name: 'two', command: ['sh', '-c', 'echo no such file; exit 3'], ready: (_rootDir, signal) => new Promise((_resolve, reject) => signal.addEventListener('abort', () => reject(signal.reason))) }
+  await expect(startSiteDaemons(dir.path, [tailing, failing])).rejects.toMatchObject({ message: expect.stringContaining('two ended with 3: no such file') })
+  expect(processesWith(dir.path)).toEqual([])
 })

@@ -6,7 +6,8 @@ import { attachGuest, bootGuest } from './guest.ts'
 import { pathsOf } from './node-files.ts'
 import { commandLineOf, endProcess } from './process.ts'
 import { startSiteDaemons, type RunningDaemon } from './site-daemons.ts'
-import { attachVm, runningPid, type LabVm } from './vm.ts'
+import { attachVm, runningPid } from './vm.ts'
+import type { LabVm } from './lab-vm.ts'
 import type { VmShape } from './command-line.ts'
 
 // npm run lab -- up|down|status [--root DIR] [--json]: two guests as on a Proxmox node, and the daemons of both sites.

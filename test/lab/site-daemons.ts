@@ -31,13 +31,15 @@ export const startSiteDaemons = async (rootDir: string, daemons = siteDaemons): 
     const child = spawn(filled[0], filled.slice(1), { detached: true, stdio: ['ignore', log, log] })
     closeSync(log)
     const over = new AbortController()
+    let answered = false
     const ended = new Promise<never>((_resolve, reject) => {
       child.on('error', (cause) => reject(new CdpError('IO', `${name} cannot run: ${cause.message}`, { cause })))
-      child.on('exit', (code, signal) => reject(new CdpError('CLOSED', `${name} ended with ${signal ?? code}: ${readFileSync(paths.log, 'utf8').slice(-2000)}`)))
+      child.on('exit', (code, signal) => answered || reject(new CdpError('CLOSED', `${name} ended with ${signal ?? code}: ${readFileSync(paths.log, 'utf8').slice(-2000)}`)))
     })
     ended.catch(() => over.abort())
     try {
       await Promise.race([ready(rootDir, AbortSignal.any([over.signal, AbortSignal.timeout(20_000)])), ended])
+      answered = true
       running.push({ name, pid: child.pid!, command: filled, ...paths })
       child.unref()
     } catch (error) {

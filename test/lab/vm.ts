@@ -3,9 +3,10 @@ import { closeSync, openSync, readFileSync, rmSync, writeFileSync } from 'node:f
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import { iothreadOf, proxmoxCommandLine, type CommandLine, type VmDisk, type VmShape } from './command-line.ts'
 import { ConsoleLog } from './console-log.ts'
+import { LabVm } from './lab-vm.ts'
 import { Monitor } from './monitor.ts'
 import { defaultNodeName, makeNode, pathsOf, registerVm, removeRunFiles, uuidOf } from './node-files.ts'
-import { commandLineOf, endProcess, isAlive, tool, waitForEnd, withDeadline } from './process.ts'
+import { commandLineOf, tool } from './process.ts'
 
 export type StartVmOptions = {
   /** Stands for /. At most about 75 bytes: unix socket paths end at 107. */
@@ -29,6 +30,8 @@ export type StartVmOptions = {
   onStarted?: (vm: LabVm) => void
   /** Starts with stopped CPUs, as Proxmox's freeze: 1 does. */
   frozen?: boolean
+  /** Gives up the start; nothing is left then. */
+  signal?: AbortSignal
 }
 
 /**
@@ -39,6 +42,7 @@ export const startVm = async (options: StartVmOptions): Promise<LabVm> => {
   const { rootDir, vmId, shape, nodeName = defaultNodeName } = options
   const paths = pathsOf(rootDir, vmId)
   if (Buffer.byteLength(paths.serial0) > 107) throw new CdpError('BAD_INPUT', `${paths.serial0} is too long for a unix socket`, { hint: 'use a shorter root directory' })
+  if (options.signal?.aborted) throw new CdpError('ABORTED', `the start of VM ${vmId} was given up`)
   const running = runningPid(rootDir, vmId)
   if (running !== undefined) throw new CdpError('CONFLICT', `VM ${vmId} runs already, process ${running}`)
   makeNode(rootDir, nodeName)
@@ -98,118 +102,6 @@ export const runningPid = (rootDir: string, vmId: number): number | undefined =>
     return undefined // no such file: it does not run
   }
   return commandLineOf(pid)?.some((arg) => arg.includes(`path=${pathsOf(rootDir, vmId).qmp},`)) ? pid : undefined
-}
-
-type Parts = { rootDir: string; vmId: number; pid: number; console: ConsoleLog; monitor: Monitor; ended: Promise<void> | undefined }
-
-export class LabVm {
-  readonly pid: number
-  readonly rootDir: string
-  readonly vmId: number
-  /** Proxmox's monitor socket; one client at a time. */
-  readonly qmpPath: string
-  readonly serial0Path: string
-  /** The guest's console. */
-  readonly console: ConsoleLog
-  /** A monitor of the lab's own. */
-  readonly monitor: Monitor
-  readonly #ended: Promise<void> | undefined
-  #stopping: Promise<void> | undefined
-  #over = false
-
-  constructor(parts: Parts) {
-    this.pid = parts.pid
-    this.rootDir = parts.rootDir
-    this.vmId = parts.vmId
-    const paths = pathsOf(parts.rootDir, parts.vmId)
-    this.qmpPath = paths.qmp
-    this.serial0Path = paths.serial0
-    this.console = parts.console
-    this.monitor = parts.monitor
-    this.#ended = parts.ended
-  }
-
-  waitForLine(pattern: RegExp, deadlineMs: number): Promise<string> {
-    return this.console.waitForLine(pattern, deadlineMs)
-  }
-
-  /** False once QEMU has ended, for whatever reason. */
-  get running(): boolean {
-    return isAlive(this.pid)
-  }
-
-  /** qm shutdown: power button, `quit` once the guest is down, SIGKILL at the deadline. True if the guest went down by itself. */
-  async stop(deadlineMs = 15_000): Promise<boolean> {
-    if (this.#over) return true
-    const down = this.waitForGuestDown(deadlineMs)
-    let graceful = true
-    try {
-      await this.monitor.run('system_powerdown', {}, deadlineMs)
-      await down
-    } catch {
-      graceful = false // no OS, or one that does not listen: the deadline decides
-      await down.catch(() => undefined)
-    }
-    await this.quit()
-    return graceful
-  }
-
-  /** Resolves when the guest has powered itself off (QEMU stays, as on Proxmox, until it is told to quit). */
-  async waitForGuestDown(deadlineMs: number): Promise<void> {
-    let stop: (() => void) | undefined
-    const down = new Promise<void>((resolve) => {
-      stop = this.monitor.onEvent((event) => {
-        if (event.name === 'SHUTDOWN') resolve()
-      })
-    })
-    try {
-      const status = (await this.monitor.run('query-status')) as { status: string }
-      if (status.status !== 'shutdown') await withDeadline(down, deadlineMs, `shutdown of guest ${this.vmId}`)
-    } finally {
-      stop?.()
-    }
-  }
-
-  /** qm stop: ends QEMU at once by its monitor: clean for its block jobs, a power failure for the guest. */
-  async quit(deadlineMs = 10_000): Promise<void> {
-    if (this.#over) return
-    await this.monitor.run('quit', {}, deadlineMs).catch(() => undefined) // QEMU may close before it answers
-    if (!(await waitForEnd(this.pid, deadlineMs))) return this.kill()
-    await this.#clean()
-  }
-
-  /** SIGKILL to QEMU: nothing is flushed. */
-  async kill(): Promise<void> {
-    if (this.#over) return
-    try {
-      process.kill(this.pid, 'SIGKILL')
-    } catch {
-      // it ended in between
-    }
-    if (!(await waitForEnd(this.pid, 10_000))) await endProcess(this.pid)
-    await this.#clean()
-  }
-
-  /** Lets go of a VM that shall go on. */
-  detach(): void {
-    this.#over = true
-    this.monitor.close()
-    this.console.close()
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    this.#stopping ??= this.quit(3_000)
-    await this.#stopping
-  }
-
-  async #clean(): Promise<void> {
-    if (this.#over) return
-    this.#over = true
-    await this.#ended
-    this.monitor.close()
-    this.console.close()
-    removeRunFiles(this.rootDir, this.vmId)
-  }
 }
 
 const virtualSizeBytes = async (path: string, format: string): Promise<number> => {
