@@ -26,7 +26,7 @@ const run = async (): Promise<void> => {
   await mkdir(config.runDirectory, { recursive: true, mode: 0o755 })
   const events = new EventLog()
   const siteId = await loadOrCreateSiteId(state)
-  const authority = await loadOrCreateAuthority(join(state, 'pki'), { name: `pve-cdp ${siteId}` })
+  const authority = await loadOrCreateAuthority(join(state, 'pki'), { name: `pve-cdp-${siteId}` })
   const identity = await loadOrCreateServerIdentity(join(state, 'pki'), authority, { commonName: siteId })
 
   await using daemon = new AsyncDisposableStack()

@@ -277,6 +277,7 @@ export class ProtectedVm implements AsyncDisposable {
       },
     })
     this.#worker = worker
+    this.#lastBeat = -1
     return worker
   }
 
@@ -327,7 +328,7 @@ export class ProtectedVm implements AsyncDisposable {
     const worker = this.#worker
     if (worker === undefined || worker.exited) return
     const nowMs = performance.now()
-    if (worker.beat !== this.#lastBeat || nowMs - this.#lastBeatMs > 10 * HUNG_MS) {
+    if (worker.beat !== this.#lastBeat) {
       this.#lastBeat = worker.beat
       this.#lastBeatMs = nowMs
     } else if (nowMs - this.#lastBeatMs > HUNG_MS) {
