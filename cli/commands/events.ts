@@ -1,6 +1,6 @@
 import type { Command } from 'commander'
 import type { ApiEvent } from '../../core/api/index.ts'
-import { CdpError } from '../../core/errors/index.ts'
+import { CdpError, toCdpError } from '../../core/errors/index.ts'
 import { askBoth, isAbsent, sides } from '../context.ts'
 import type { Context, Side } from '../context.ts'
 import type { Painter } from '../format/table.ts'
@@ -35,19 +35,21 @@ export const addEventsCommand = (program: Command, context: (command: Command) =
 
 const follow = async (context: Context, which: readonly Side[], limit: number, print: (side: Side, event: ApiEvent) => void): Promise<void> => {
   const { signal } = context.io
-  let heard = false
   await askBoth(context, which, async (side, client) => {
     try {
-      for await (const event of client.events({ follow: true, limit }, { signal })) {
-        heard = true
-        print(side, event)
-      }
+      for await (const event of client.events({ follow: true, limit }, { signal })) print(side, event)
     } catch (error) {
-      if (!isAbsent(error) && heard) context.io.stderr.write(`error: ${printable(error instanceof CdpError ? error.message : String(error))}\n`)
+      // The other side may go on for days: this one's failure is told now.
+      if (which.length > 1 && !isAbsent(error)) tell(context, side, toCdpError(error))
       throw error
     }
   })
   if (!signal.aborted) throw new CdpError('UNREACHABLE', 'the daemon stopped', { hint: 'Call "pvecdp status" to see what runs.', context: { socketPath: which.map((side) => context.socketPath(side)).join(', ') } })
+}
+
+const tell = ({ io, json }: Context, side: Side, error: CdpError): void => {
+  if (json) io.stdout.write(`${JSON.stringify({ side, error })}\n`)
+  else io.stderr.write(`error: ${printable(error.message)}\n`)
 }
 
 const parseSides = (side: string | undefined): readonly Side[] => {

@@ -1,5 +1,5 @@
 import { readFile, stat } from 'node:fs/promises'
-import { createInterface } from 'node:readline/promises'
+import { createInterface } from 'node:readline'
 import { Writable } from 'node:stream'
 import { errorMessage } from '../../core/errors/index.ts'
 import type { CliIo } from '../io.ts'
@@ -19,17 +19,7 @@ export const readSecretFile = async (path: string): Promise<string> => {
 
 /** A secret from standard input: its first line, or, at a terminal, asked for and not echoed. */
 export const readSecret = async (io: CliIo, prompt: string): Promise<string> => {
-  if (io.stdin.isTTY === true) {
-    io.stderr.write(prompt)
-    const mute = new Writable({ write: (_chunk, _encoding, done) => done() })
-    const terminal = createInterface({ input: io.stdin, output: mute, terminal: true })
-    try {
-      return await terminal.question('', { signal: io.signal })
-    } finally {
-      terminal.close()
-      io.stderr.write('\n')
-    }
-  }
+  if (io.stdin.isTTY === true) return askQuietly(io, prompt)
   let text = ''
   for await (const chunk of io.stdin as AsyncIterable<Buffer | string>) {
     text += String(chunk)
@@ -37,4 +27,22 @@ export const readSecret = async (io: CliIo, prompt: string): Promise<string> => 
     if (text.trimStart().includes('\n')) break
   }
   return text.trimStart().split('\n')[0] ?? ''
+}
+
+const askQuietly = async (io: CliIo, prompt: string): Promise<string> => {
+  const mute = new Writable({ write: (_chunk, _encoding, done) => done() })
+  // The terminal stops echoing here, so the prompt comes after it.
+  const terminal = createInterface({ input: io.stdin, output: mute, terminal: true })
+  const given = Promise.withResolvers<string>()
+  terminal.once('line', given.resolve)
+  terminal.once('close', () => given.resolve(''))
+  terminal.once('SIGINT', () => terminal.close())
+  io.signal.addEventListener('abort', () => terminal.close(), { once: true })
+  try {
+    io.stderr.write(prompt)
+    return await given.promise
+  } finally {
+    terminal.close()
+    io.stderr.write('\n')
+  }
 }

@@ -96,8 +96,13 @@ export const listenSecure = async (options: ListenOptions): Promise<SecureListen
     accepted += 1
     open.add(socket)
     socket.once('close', () => open.delete(socket))
-    if (outcome.peer === undefined) options.onPair(socket)
-    else options.onStream(socket, outcome.peer)
+    try {
+      if (outcome.peer === undefined) options.onPair(socket)
+      else options.onStream(socket, outcome.peer)
+    } catch (error) {
+      log.error('a connection could not be taken over', { address: socket.remoteAddress, error })
+      socket.destroy()
+    }
   })
 
   await new Promise<void>((resolve, reject) => {
