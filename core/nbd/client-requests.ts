@@ -30,6 +30,9 @@ type Waiter = { resolve(slot: number): void; reject(error: CdpError): void }
 /** Callers that may wait for a slot; more is a caller without a bound of its own. */
 const MAX_WAITERS = 65_536
 
+/** Parts of one read that do not follow on each other; servers send in order, and each part is compared with these. */
+const MAX_SCATTERED_PARTS = 1024
+
 /**
  * The requests under way on one connection: a bounded number of slots, and the replies matched to them. A cookie is (generation of the slot, slot),
  * so a reply that comes twice or was never asked for is seen. Throws CdpError NBD_PROTOCOL into the parser for replies that make no sense.
@@ -177,6 +180,7 @@ export class RequestTable implements ReplySink {
     const last = entry.received.at(-1)
     if (last && last.offsetBytes + last.lengthBytes === offsetBytes) last.lengthBytes += lengthBytes
     else entry.received.push({ offsetBytes, lengthBytes })
+    if (entry.received.length > MAX_SCATTERED_PARTS) throw protocolError('The server sends a read in too many scattered parts.')
     return pending
   }
 

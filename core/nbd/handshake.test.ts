@@ -133,6 +133,9 @@ describe('ServerHandshake', () => {
       step.replies.filter((reply) => reply.type === nbd.NBD_REP_META_CONTEXT).map((reply) => reply.payload.toString('utf8', 4))
     expect(talk(plain, set(nbd.BASE_ALLOCATION)).replies.map((reply) => reply.type)).toEqual([nbd.NBD_REP_ERR_INVALID])
     expect(names(talk(plain, structured, list()))).toEqual(disk.metaContexts)
+    expect(talk(plain, structured, list(), set('qemu:dirty-bitmap:a')).events).toEqual([
+      { is: 'structured-replies' }, { is: 'meta-contexts-listed', exportName: 'disk' }, { is: 'meta-contexts', exportName: 'disk', contexts: ['qemu:dirty-bitmap:a'] },
+    ])
     expect(names(talk(plain, structured, list('qemu:')))).toEqual(disk.metaContexts.slice(1))
     expect(names(talk(plain, structured, list('qemu:dirty-bitmap:', 'base:')))).toEqual(disk.metaContexts)
     expect(names(talk(plain, structured, set('qemu:')))).toEqual([])

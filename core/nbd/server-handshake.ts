@@ -39,6 +39,7 @@ export type HandshakeEvent =
   | { is: 'go'; exportName: string; found: boolean }
   | { is: 'starttls-refused' }
   | { is: 'structured-replies' }
+  | { is: 'meta-contexts-listed'; exportName: string }
   | { is: 'meta-contexts'; exportName: string; contexts: readonly string[] }
   | { is: 'unsupported'; option: number }
 
@@ -235,9 +236,8 @@ export class ServerHandshake {
       this.#reply(nbd.NBD_REP_META_CONTEXT, id, Buffer.from(context, 'utf8'))
     })
     this.#reply(nbd.NBD_REP_ACK)
-    if (!setting) return
-    this.#metaContexts = { exportName, contexts }
-    this.#events.push({ is: 'meta-contexts', exportName, contexts })
+    if (setting) this.#metaContexts = { exportName, contexts }
+    this.#events.push(setting ? { is: 'meta-contexts', exportName, contexts } : { is: 'meta-contexts-listed', exportName })
   }
 
   #flagsOf(found: HandshakeExport): number {
