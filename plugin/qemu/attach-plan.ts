@@ -1,4 +1,5 @@
 import { CdpError } from '../../core/errors/index.ts'
+import { foreignJobOn } from './block-state.ts'
 import type { BlockState } from './block-state.ts'
 import type { QemuDisk } from './disks.ts'
 import { bitmapName, bitmapNumber, isOurs, keyOfName, namesOf } from './names.ts'
@@ -30,8 +31,8 @@ export const currentBitmap = (disk: QemuDisk, state: Pick<BlockState, 'nodes'>):
 export const addBitmapAction = (disk: QemuDisk, name: string) => ({
   type: 'block-dirty-bitmap-add', data: { node: disk.bitmapNode, name, persistent: false, granularity: bitmapGranularityBytes } })
 
-const refuse = (disk: QemuDisk, why: string, hint: string): never => {
-  throw new CdpError('CONFLICT', `Capture cannot be attached to ${disk.key}: ${why}`, { hint, context: { key: disk.key } })
+const refuse = (disk: QemuDisk, why: string, hint: string, retry = false): never => {
+  throw new CdpError('CONFLICT', `Capture cannot be attached to ${disk.key}: ${why}`, { hint, retry, context: { key: disk.key } })
 }
 
 /**
@@ -44,7 +45,7 @@ export const planAttach = (disks: readonly QemuDisk[], state: BlockState, target
     const names = namesOf(disk.key)
     const mine = [...state.jobs.map((job) => job.id), ...state.nodes.map((node) => node.name)].find((name) => isOurs(name) && keyOfName(name) === disk.key)
     if (mine !== undefined) refuse(disk, `${mine} is there already`, 'Detach first, or repair what an earlier run left.')
-    if (state.jobs.some((job) => job.id === disk.rootNode || job.id === `drive-${disk.key}`)) refuse(disk, 'another block job runs on it', 'Wait until the operation that owns it has ended.')
+    if (foreignJobOn(disk.key, state)) refuse(disk, 'a backup, a disk move or another block job runs on it', 'Wait until that operation has ended.', true)
     if (names.target.length > 31) refuse(disk, 'its name is too long', 'QEMU takes node names of up to 31 characters.')
   }
   const bitmaps = new Map(disks.map((disk) => [disk.key, currentBitmap(disk, state)]))

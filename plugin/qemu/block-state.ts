@@ -86,6 +86,9 @@ export const readChains = (answer: unknown): Map<string, string[]> => {
   return chains
 }
 
+/** The job of somebody else (backup, disk move) on a disk: Proxmox names it after the drive on both graphs. */
+export const foreignJobOn = (key: string, state: Pick<BlockState, 'jobs'>): BlockJob | undefined => state.jobs.find((job) => job.id === `drive-${key}`)
+
 export const queryBlockState = async (qmp: Pick<Qmp, 'execute'>): Promise<BlockState> => {
   const [devices, nodes, jobs, exports] = await Promise.all([
     qmp.execute('query-block'), qmp.execute('query-named-block-nodes', { flat: true }), qmp.execute('query-block-jobs'), qmp.execute('query-block-exports')])

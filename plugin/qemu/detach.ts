@@ -1,6 +1,6 @@
 import { CdpError } from '../../core/errors/index.ts'
 import type { Qmp } from '../../core/qmp/index.ts'
-import { queryBlockState, readChains } from './block-state.ts'
+import { foreignJobOn, queryBlockState, readChains } from './block-state.ts'
 import type { BlockState } from './block-state.ts'
 import { keyOfQdev } from './disks.ts'
 import { waitForGone } from './job.ts'
@@ -10,6 +10,8 @@ import { removeExports, stopServerIfOurs } from './read-export.ts'
 export type DetachOptions = {
   /** Leave our dirty bitmaps recording. */
   keepBitmaps: boolean
+  /** Leave our read-only exports open: a sync goes on. */
+  keepExports?: boolean
   /** Only these disks; default all. */
   keys?: readonly string[]
   /** Where our read-only NBD server would listen: it is stopped if it answers there and serves nothing of others. */
@@ -24,7 +26,10 @@ export type TakenAway = { shields: string[]; jobs: string[]; targets: string[]; 
 /**
  * Takes capture out of a VM, from whatever state it is in. Idempotent; asks QEMU what is there and believes nothing else.
  * Order: exports, guest back onto its own node, shield, job (and with it the filter), target, server, bitmaps.
- * @throws CdpError TIMEOUT, CLOSED, QMP_COMMAND: part of it may be left; call again.
+ * Never call it while our NBD server is silent: each of these commands then blocks QEMU's main loop until the server is gone.
+ * End the server first; the jobs end with it.
+ * @throws CdpError CONFLICT while a backup or disk move runs on one of the disks (nothing was done); TIMEOUT, CLOSED,
+ *   QMP_COMMAND: part of it may be left; call again.
  */
 export const detachCapture = async (qmp: Qmp, options: DetachOptions): Promise<TakenAway> => {
   const deadlineMs = options.stepDeadlineMs ?? 5000
@@ -33,7 +38,13 @@ export const detachCapture = async (qmp: Qmp, options: DetachOptions): Promise<T
     return isOurs(name) && key !== undefined && (options.keys === undefined || options.keys.includes(key))
   }
   const state = await queryBlockState(qmp)
-  const exports = state.exports.map((entry) => entry.id).filter(isMine)
+  const attachedKeys = [...state.jobs.map((job) => job.id), ...state.nodes.map((node) => node.name)].filter(isMine).map((name) => keyOfName(name) ?? '')
+  const busyKey = attachedKeys.find((key) => foreignJobOn(key, state))
+  if (busyKey !== undefined) {
+    throw new CdpError('CONFLICT', `Capture cannot be taken from ${busyKey}: a backup, a disk move or another block job runs on it`, {
+      hint: 'Wait until that operation has ended.', retry: true, context: { key: busyKey } })
+  }
+  const exports = options.keepExports ? [] : state.exports.map((entry) => entry.id).filter(isMine)
   await removeExports(qmp, exports, deadlineMs)
   const shields = await lowerShields(qmp, state, isMine, deadlineMs)
   const jobs = state.jobs.map((job) => job.id).filter(isMine)

@@ -7,7 +7,7 @@ import { isOurs } from './names.ts'
 /** '8.4': -drive, the root is the format node. '9.x': -blockdev with a throttle node on top. */
 export type GraphShape = '8.4' | '9.x' | 'unknown'
 
-/** A disk of a running VM, described as it is without us: nodes of ours are skipped. */
+/** A disk of a running VM, described as it is without us: nodes of ours and filters of running jobs are skipped. */
 export type QemuDisk = {
   /** Proxmox's name: 'scsi0', 'virtio1'. */
   key: string
@@ -30,6 +30,8 @@ export type QemuDisk = {
 
 const keyPattern = /^(?:scsi|virtio|sata|ide)[0-9]{1,2}$/
 const oldestMajor = 9
+// Filters that QEMU's jobs put into a graph for as long as they run.
+const jobFilters: readonly string[] = ['copy-before-write', 'mirror_top', 'commit_top', 'preallocate', 'copy-on-read']
 
 /** 'scsi0' of 'scsi0' and of '/machine/peripheral/scsi0/virtio-backend'; undefined for what is no disk of Proxmox's naming. */
 export const keyOfQdev = (qdev: string): string | undefined => {
@@ -42,6 +44,7 @@ export const describeDisk = (device: BlockDevice, chain: readonly string[], stat
   const key = keyOfQdev(device.qdev)
   if (key === undefined || device.removable || device.readOnly) return undefined
   const nodes = chain.filter((name) => !isOurs(name)).map((name) => ({ name, driver: state.nodes.find((node) => node.name === name)?.driver ?? '' }))
+    .filter(({ driver }) => !jobFilters.includes(driver))
   const [root, below] = nodes
   if (!root) return undefined
   const throttle = root.driver === 'throttle' ? root : undefined

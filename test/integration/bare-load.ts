@@ -54,7 +54,7 @@ export type FioWrites = { iops: number; totalBytes: number; longestMs: number }
 /** Random writes by fio's nbd engine until `stop` or the given number of writes. */
 export const startFio = (uri: string, options: { sizeBytes: number; depth?: number; writes?: number; seed: number }): FioLoad => {
   const limit = options.writes === undefined ? ['--time_based', '--runtime=600'] : [`--number_ios=${options.writes}`]
-  const child = spawn('fio', ['--name=load', '--ioengine=nbd', `--uri=${uri}`, '--rw=randwrite', '--bs=4k', `--iodepth=${options.depth ?? 32}`, `--size=${options.sizeBytes}`,
+  const child = spawn('fio', ['--thread', '--name=load', '--ioengine=nbd', `--uri=${uri}`, '--rw=randwrite', '--bs=4k', `--iodepth=${options.depth ?? 32}`, `--size=${options.sizeBytes}`,
     '--norandommap=1', '--random_generator=tausworthe64', `--randseed=${options.seed}`, '--refill_buffers=1', '--output-format=json', ...limit], { stdio: ['ignore', 'pipe', 'pipe'] })
   let stdout = ''
   let stderr = ''

@@ -1,4 +1,5 @@
 import { describe, expect, test } from '@jest/globals'
+import { withQmp } from '../../core/qmp/index.ts'
 import { attachCapture, detachCapture, discoverDisks, readCounters, repairHalfStates } from '../../plugin/qemu/index.ts'
 import { nbdUri, openWriteDoor, sameContent, startFio, writePattern } from './bare-load.ts'
 import { attachAll, blockSnapshot, startFileTarget, untilWritten } from './block-snapshot.ts'
@@ -131,6 +132,56 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
     expect(await vm.qmp(blockSnapshot)).toBe(before)
   })
 
+  test('while a backup runs, attach and detach are refused and change nothing', async () => {
+    await using vm = await startBareVm({ shape })
+    await using target = await startFileTarget(vm)
+    const [before, disks] = [await vm.qmp(blockSnapshot), await vm.qmp(discoverDisks)]
+    const startBackup = () => vm.qmp(async (qmp) => {
+      const root = ((await qmp.execute('query-block')) as { inserted?: { 'node-name': string } }[]).find((device) => device.inserted)?.inserted?.['node-name']
+      const disk = (await discoverDisks(qmp))[0]
+      await qmp.execute('blockdev-add', { driver: 'null-co', 'node-name': 'archive', size: 64 * mib })
+      // What vzdump's backup addresses: the guest's root node on 8.4, the node below the throttle on 9.x.
+      await qmp.execute('blockdev-backup', {
+        'job-id': 'drive-scsi0', device: shape === '8.4' ? root : disk?.formatNode, target: 'archive', sync: 'full', speed: 65536, 'filter-node-name': 'backup-filter' })
+    })
+    const endBackup = () => vm.qmp(async (qmp) => {
+      await qmp.execute('block-job-cancel', { device: 'drive-scsi0', force: true })
+      await qmp.waitForEvent((event) => event.event === 'JOB_STATUS_CHANGE' && event.data['id'] === 'drive-scsi0' && event.data['status'] === 'null', { deadlineMs: 5000 })
+      await qmp.execute('blockdev-del', { 'node-name': 'archive' })
+    })
+    await startBackup()
+    await expect(attachAll(vm, target.socketPath)).rejects.toMatchObject({ code: 'CONFLICT', retry: true })
+    await endBackup()
+    await attachAll(vm, target.socketPath)
+    await startBackup()
+    const during = await vm.qmp(blockSnapshot)
+    expect(await vm.qmp(discoverDisks)).toEqual(disks)
+    await expect(vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))).rejects.toMatchObject({ code: 'CONFLICT', retry: true })
+    expect(await vm.qmp(blockSnapshot)).toBe(during)
+    await endBackup()
+    await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))
+    expect(await vm.qmp(blockSnapshot)).toBe(before)
+  })
+
+  test('a target that hangs and is then killed under load leaves a VM that is repaired and attached again', async () => {
+    await using vm = await startBareVm({ shape })
+    const door = await openWriteDoor(vm)
+    const before = await vm.qmp(blockSnapshot)
+    await using first = await startFileTarget(vm, 'first')
+    await attachAll(vm, first.socketPath)
+    await using load = startFio(nbdUri(door, 'scsi0'), { sizeBytes: 64 * mib, seed: 5 })
+    await untilWritten(vm, mib)
+    process.kill(first.pid, 'SIGSTOP')
+    const hung = vm.qmp((qmp) => repairHalfStates(qmp, { keepBitmaps: true }))
+    await first.kill()
+    await hung
+    await using second = await startFileTarget(vm, 'second')
+    await attachAll(vm, second.socketPath)
+    await load.stop()
+    await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))
+    expect(await vm.qmp(blockSnapshot)).toBe(before)
+  })
+
   test('one of two disks can be detached alone', async () => {
     await using vm = await startBareVm({ shape, diskCount: 2 })
     await using target = await startFileTarget(vm)
@@ -142,6 +193,22 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
     expect(left).not.toContain('cdp-target-scsi0')
     expect(left.match(/cdp-bitmap-/g)).toHaveLength(1)
   })
+})
+
+test('a QMP socket whose queue is full is waited for, and its holder is not disturbed', async () => {
+  await using vm = await startBareVm({ shape: '9.x' })
+  const release = Promise.withResolvers<void>()
+  const inside = Promise.withResolvers<void>()
+  const holder = vm.qmp(async (qmp) => {
+    inside.resolve()
+    await release.promise
+    return qmp.execute('query-status')
+  })
+  await inside.promise
+  const waiting = Array.from({ length: 8 }, () => vm.qmp((qmp) => qmp.execute('query-status')))
+  await expect(withQmp(vm.qmpPath, { deadlineMs: 200 }, () => Promise.resolve())).rejects.toMatchObject({ retry: true })
+  release.resolve()
+  for (const answer of await Promise.all([holder, ...waiting])) expect(answer).toMatchObject({ status: 'running' })
 })
 
 test('a QEMU below 9.0 is refused before anything is asked of it', async () => {

@@ -36,7 +36,21 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
     expect(await sameContent(uri, nbdUri(target.socketPath, 'scsi0'))).toBe(true)
     await vm.qmp((qmp) => closeReadExport(qmp, { socketPath: `${vm.dir}/read` }))
     expect(await vm.qmp(blockSnapshot)).toBe(attached)
-    await writePattern(nbdUri(door, 'scsi0'), 1, 0, 4096)
+  })
+
+  test('a read export stays open while capture is lost and attached again', async () => {
+    await using vm = await startBareVm({ shape })
+    const door = await openWriteDoor(vm)
+    await using first = await startFileTarget(vm, 'first')
+    await attachAll(vm, first.socketPath)
+    await vm.qmp(async (qmp) => openReadExport(qmp, await discoverDisks(qmp), { socketPath: `${vm.dir}/read`, existingServerPath: door }))
+    await first.kill()
+    await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: true, keepExports: true }))
+    await using second = await startFileTarget(vm, 'second')
+    await attachAll(vm, second.socketPath)
+    await writePattern(nbdUri(door, 'scsi0'), 9, mib, 65536)
+    expect(await sameContent(nbdUri(door, 'cdp-read-scsi0'), vm.disks[0]?.path ?? '')).toBe(true)
+    expect(await sameContent(nbdUri(second.socketPath, 'scsi0'), vm.disks[0]?.path ?? '')).toBe(true)
   })
 
   test('a server of our own is started, stopped, found again after a crash, and taken away by a repair', async () => {
