@@ -219,6 +219,45 @@ describe('our client', () => {
     qmp.close()
   })
 
+  test('target of a QEMU mirror job: every write arrives; when our server ends the source goes on and the job says so', async () => {
+    const image = `${root}/mirror.raw`
+    await run('qemu-img', ['create', '-q', '-f', 'raw', image, '16M'])
+    const target = new MemoryExport({ name: 'target', sizeBytes: 16 * MIB })
+    await using server = await NbdServer.listen({ address: { path: `${root}/target` }, findExport: () => target, listExports: () => [target] })
+    await started('qemu-storage-daemon', [
+      '--blockdev', `driver=raw,node-name=disk,file.driver=file,file.filename=${image}`,
+      '--nbd-server', `addr.type=unix,addr.path=${root}/source`, '--export', 'type=nbd,id=rw,node-name=disk,name=rw,writable=on',
+      '--chardev', `socket,id=m,path=${root}/qmp2,server=on,wait=off`, '--monitor', 'chardev=m',
+    ], `${root}/source`, 'rw')
+    const qmp = await qmpSession(`${root}/qmp2`)
+    await qmp.run('blockdev-add', {
+      driver: 'nbd', 'node-name': 'target', server: { type: 'unix', path: `${root}/target` }, export: 'target', 'reconnect-delay': 0,
+    })
+    await qmp.run('blockdev-mirror', {
+      'job-id': 'capture', device: 'disk', target: 'target', sync: 'none', 'copy-mode': 'write-blocking', 'on-target-error': 'report', granularity: 4096,
+    })
+    const jobs = async (): Promise<{ ready: boolean }[]> => (await qmp.run('query-block-jobs', {})) as { ready: boolean }[]
+    while (!(await jobs())[0]?.ready) expect(await jobs()).toHaveLength(1)
+
+    const guest = await join(`${root}/source`, { exportName: 'rw' })
+    const content = noise(16 * MIB)
+    await Promise.all(Array.from({ length: 1024 }, (_, index) => guest.write(index * 16_384, content.subarray(index * 16_384, (index + 1) * 16_384))))
+    await guest.writeZeroes(MIB + 512, 70_000 - (70_000 % 512))
+    await guest.write(3 * MIB + 512, content.subarray(0, 1024))
+    content.fill(0, MIB + 512, MIB + 512 + 70_000 - (70_000 % 512))
+    content.copyWithin(3 * MIB + 512, 0, 1024)
+    // Write-blocking: what the guest has an acknowledgement for is here already.
+    expect(target.bytes.equals(content)).toBe(true)
+    expect(server.counters).toMatchObject({ protocolErrors: 0, errorReplies: 0 })
+
+    await server[Symbol.asyncDispose]()
+    await guest.write(0, Buffer.alloc(4096, 0x77), { fua: true })
+    expect((await guest.read(0, 4096)).equals(Buffer.alloc(4096, 0x77))).toBe(true)
+    while ((await jobs()).length > 0) await guest.flush()
+    expect(target.openCount).toBe(0)
+    qmp.close()
+  })
+
   test('nbdkit with errors: each failed read is one NBD_REFUSED, the rest arrives', async () => {
     await started('nbdkit', ['-f', '-U', `${root}/nk`, '--filter=error', 'pattern', '8M', 'error-pread=EIO', 'error-pread-rate=30%'], `${root}/nk`, '')
     const client = await join(`${root}/nk`, { exportName: '', maxRequestsInFlight: 8 })
@@ -271,7 +310,7 @@ describe('our client', () => {
 })
 
 /** Just enough QMP for one test: commands one after the other, no events. */
-const qmpSession = async (path: string): Promise<{ run(execute: string, args: object): Promise<void>; close(): void }> => {
+const qmpSession = async (path: string): Promise<{ run(execute: string, args: object): Promise<unknown>; close(): void }> => {
   const socket = createConnection({ path })
   let text = ''
   const line = async (): Promise<Record<string, unknown>> => {
@@ -281,12 +320,12 @@ const qmpSession = async (path: string): Promise<{ run(execute: string, args: ob
     text = text.slice(end + 1)
     return message
   }
-  const command = async (execute: string, args: object): Promise<void> => {
+  const command = async (execute: string, args: object): Promise<unknown> => {
     socket.write(`${JSON.stringify({ execute, arguments: args })}\n`)
     for (;;) {
       const message = await line()
       if ('error' in message) throw new RangeError(`${execute}: ${JSON.stringify(message.error)}`)
-      if ('return' in message) return
+      if ('return' in message) return message.return
     }
   }
   expect(await line()).toHaveProperty('QMP')
