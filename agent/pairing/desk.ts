@@ -50,6 +50,7 @@ export const createPairingDesk = async (options: PairingDeskOptions): Promise<Pa
   const { authority, agentSiteId, log } = options
   const nowUnixMs = options.nowUnixMs ?? Date.now
   const tokens = await TokenBook.open(options.directory, nowUnixMs)
+  if (tokens.wasDamaged) log.warn('the file of pairing tokens is damaged: tokens that were open are void', { directory: options.directory })
   const sites = await PairedSites.open(options.directory)
   const conversations = new Map<TLSSocket, Promise<void>>()
   const closing = new AbortController()

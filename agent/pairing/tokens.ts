@@ -26,12 +26,15 @@ export type Redemption = 'accepted' | 'unknown' | 'expired' | 'used' | 'void'
 export class TokenBook {
   readonly #path: string
   readonly #nowUnixMs: () => number
+  /** The file could not be read when the book was opened: tokens that were open are void. */
+  readonly wasDamaged: boolean
   #tokens: StoredToken[]
   #tail: Promise<unknown> = Promise.resolve()
 
-  private constructor(path: string, tokens: StoredToken[], nowUnixMs: () => number) {
+  private constructor(path: string, tokens: StoredToken[] | undefined, nowUnixMs: () => number) {
     this.#path = path
-    this.#tokens = tokens
+    this.#tokens = tokens ?? []
+    this.wasDamaged = tokens === undefined
     this.#nowUnixMs = nowUnixMs
   }
 
@@ -47,7 +50,7 @@ export class TokenBook {
       stored = undefined
     }
     // Open tokens live for minutes: with a damaged book they are all void, and the operator makes a new one.
-    return new TokenBook(path, Value.Check(StoredTokens, stored) ? stored.tokens : [], nowUnixMs)
+    return new TokenBook(path, Value.Check(StoredTokens, stored) ? stored.tokens : undefined, nowUnixMs)
   }
 
   /** A new secret (32 random bytes, base64url). Throws CONFLICT when too many are open. */
