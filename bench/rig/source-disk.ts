@@ -1,0 +1,94 @@
+import { spawn, type ChildProcess } from 'node:child_process'
+import { closeSync, openSync, ftruncateSync, rmSync } from 'node:fs'
+import { setTimeout as delay } from 'node:timers/promises'
+import { checkHandshake } from '../../core/nbd/index.ts'
+import { withQmp } from '../../core/qmp/index.ts'
+
+/** Where a mirror job writes to. */
+export type MirrorTarget = { socketPath: string; exportName: string } | { host: string; port: number; exportName: string; tlsDirectory: string }
+
+/**
+ * A disk as QEMU has it below a guest, served writable to fio by qemu-storage-daemon: the same block layer and the same mirror job, without
+ * the emulated CPU of a guest. The image lies on tmpfs, so that the disk itself is not what is measured.
+ */
+export class SourceDisk implements AsyncDisposable {
+  readonly uri: string
+  readonly sizeBytes: number
+  readonly #child: ChildProcess
+  readonly #imagePath: string
+  readonly #qmpPath: string
+
+  private constructor(child: ChildProcess, imagePath: string, qmpPath: string, uri: string, sizeBytes: number) {
+    this.#child = child
+    this.#imagePath = imagePath
+    this.#qmpPath = qmpPath
+    this.uri = uri
+    this.sizeBytes = sizeBytes
+  }
+
+  static async start(directory: string, name: string, sizeBytes: number): Promise<SourceDisk> {
+    const imagePath = `/dev/shm/cdp-bench-${process.pid}-${name}.raw`
+    const image = openSync(imagePath, 'w')
+    ftruncateSync(image, sizeBytes)
+    closeSync(image)
+    const nbdPath = `${directory}/${name}.nbd`
+    const qmpPath = `${directory}/${name}.qmp`
+    const child = spawn('qemu-storage-daemon', [
+      '--chardev', `socket,id=qmp,path=${qmpPath},server=on,wait=off`, '--monitor', 'chardev=qmp', '--object', 'iothread,id=io0',
+      '--blockdev', `driver=file,node-name=file0,filename=${imagePath},aio=threads`, '--blockdev', 'driver=raw,node-name=disk0,file=file0',
+      '--nbd-server', `addr.type=unix,addr.path=${nbdPath}`, '--export', 'type=nbd,id=export0,node-name=disk0,name=disk0,writable=on,iothread=io0',
+    ], { stdio: ['ignore', 'ignore', 'inherit'] })
+    for (let attempt = 0; ; attempt++) {
+      try {
+        await checkHandshake({ path: nbdPath }, 'disk0', 1000)
+        break
+      } catch (error) {
+        if (attempt > 100) throw error
+        await delay(50)
+      }
+    }
+    return new SourceDisk(child, imagePath, qmpPath, `nbd+unix:///disk0?socket=${nbdPath}`, sizeBytes)
+  }
+
+  /** Runs `work` while everything written to the disk is mirrored, by the job that capture uses. */
+  async mirrored<T>(target: MirrorTarget, work: () => Promise<T>): Promise<T> {
+    await withQmp(this.#qmpPath, {}, async (qmp) => {
+      if ('tlsDirectory' in target) {
+        await qmp.execute('object-add', { 'qom-type': 'tls-creds-x509', id: 'tls0', endpoint: 'client', dir: target.tlsDirectory, 'verify-peer': true })
+      }
+      await qmp.execute('blockdev-add', {
+        driver: 'nbd', 'node-name': 'target0', export: target.exportName,
+        server: 'socketPath' in target ? { type: 'unix', path: target.socketPath } : { type: 'inet', host: target.host, port: String(target.port) },
+        ...('tlsDirectory' in target ? { 'tls-creds': 'tls0' } : {}),
+      })
+      await qmp.execute('blockdev-mirror', { 'job-id': 'mirror0', device: 'disk0', target: 'target0', sync: 'none', 'copy-mode': 'write-blocking', granularity: 4096, 'on-target-error': 'report' })
+      await qmp.waitForEvent(({ event }) => event === 'BLOCK_JOB_READY', { deadlineMs: 10_000 })
+    })
+    try {
+      return await work()
+    } finally {
+      await withQmp(this.#qmpPath, {}, async (qmp) => {
+        const jobs = (await qmp.execute('query-block-jobs')) as unknown[]
+        if (jobs.length > 0) {
+          await qmp.execute('block-job-cancel', { device: 'mirror0', force: true })
+          await qmp.waitForEvent(({ event }) => event === 'BLOCK_JOB_COMPLETED' || event === 'BLOCK_JOB_CANCELLED', { deadlineMs: 10_000 })
+        }
+        for (let attempt = 0; ; attempt++) {
+          try {
+            await qmp.execute('blockdev-del', { 'node-name': 'target0' })
+            break
+          } catch (error) {
+            if (attempt > 50) throw error
+            await delay(50)
+          }
+        }
+        if ('tlsDirectory' in target) await qmp.execute('object-del', { id: 'tls0' })
+      })
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#child.kill('SIGKILL')
+    rmSync(this.#imagePath, { force: true })
+  }
+}
