@@ -88,6 +88,29 @@ describe('QmpClient', () => {
     await expect(qmp.waitForEvent(() => true, { deadlineMs: 1000 })).rejects.toMatchObject({ code: 'CLOSED' })
   })
 
+  test('closing waits for answers under way, so that they do not reach the next client, but not for long', async () => {
+    const ended = Promise.withResolvers<void>()
+    const commands: { socket: Socket; id: string }[] = []
+    await using fake = await startFakeQmp((socket, command) => commands.push({ socket, id: command.id }), (socket) => {
+      socket.on('close', () => ended.resolve())
+      socket.write(fakeGreeting)
+    })
+    const patient = await QmpClient.connect(fake.socketPath, { lingerMs: 60_000 })
+    const pending = patient.execute('slow')
+    const sent = patient.execute('slow', {}, { deadlineMs: 1 })
+    await expect(sent).rejects.toMatchObject({ code: 'TIMEOUT' })
+    const closing = [patient.close(), patient.close()]
+    await expect(pending).rejects.toMatchObject({ code: 'CLOSED' })
+    for (const { socket, id } of commands) answer(socket, id)
+    await Promise.all([...closing, ended.promise])
+
+    const hurried = await QmpClient.connect(fake.socketPath, { lingerMs: 10 })
+    const lost = hurried.execute('slow')
+    const closed = hurried.close()
+    await expect(lost).rejects.toMatchObject({ code: 'CLOSED' })
+    await closed
+  })
+
   test('a command without an answer ends at its deadline; a late answer disturbs nothing', async () => {
     let late = ''
     await using fake = await startFakeQmp((socket, command) => {

@@ -11,6 +11,8 @@ export type QmpConnectOptions = {
   /** Default for every command. Default 5000. */
   commandDeadlineMs?: number
   maxLineBytes?: number
+  /** How long closing waits for answers still under way. Default 500. */
+  lingerMs?: number
   signal?: AbortSignal
 }
 
@@ -43,13 +45,16 @@ const connectError = (socketPath: string, cause: unknown): CdpError => {
 /**
  * One QMP connection. Made by `connect`; closed by `close`, by disposal, by a protocol error or by the peer.
  * The answer to a command whose sender hung up is delivered by QEMU to the *next* client (seen on 10.0.2). So the ids of each
- * connection begin with a random prefix of its own, and answers to other ids are dropped.
+ * connection begin with a random prefix of its own, answers to other ids are dropped, and closing waits a moment for answers
+ * that are still under way: on a Proxmox node they would otherwise reach Proxmox, which takes them for an error.
  */
 export class QmpClient {
   readonly #socket: Socket
   readonly #parser: QmpParser
   readonly #commandDeadlineMs: number
+  readonly #lingerMs: number
   readonly #waiting = new Map<string, Waiting>()
+  readonly #unanswered = new Set<string>()
   readonly #idPrefix = `cdp-${randomBytes(8).toString('hex')}-`
   readonly #watching = new Set<Watching>()
   readonly #events: QmpEvent[] = []
@@ -60,10 +65,12 @@ export class QmpClient {
   #nextId = 1
   #version: QmpVersion = { major: 0, minor: 0, micro: 0, package: '' }
   #end: CdpError | undefined
+  #lingering: NodeJS.Timeout | undefined
 
   private constructor(socketPath: string, options: QmpConnectOptions) {
     this.#parser = new QmpParser(options.maxLineBytes)
     this.#commandDeadlineMs = options.commandDeadlineMs ?? defaultDeadlineMs
+    this.#lingerMs = options.lingerMs ?? 500
     this.#greeted.promise.catch(() => undefined)
     this.#socket = createConnection({ path: socketPath })
     let connected = false
@@ -140,6 +147,7 @@ export class QmpClient {
       options.signal?.removeEventListener('abort', abort)
     }
     this.#waiting.set(id, { resolve, reject, command, stop })
+    this.#unanswered.add(id)
     this.#markAtCommand = this.eventMark
     this.#socket.write(`${JSON.stringify({ execute: command, arguments: args, id })}\n`)
     return promise
@@ -175,9 +183,9 @@ export class QmpClient {
     return promise
   }
 
-  /** Ends the connection; commands under way are rejected with CLOSED. Idempotent; resolves when the socket is gone. */
+  /** Ends the connection; commands under way are rejected with CLOSED at once. Idempotent; resolves when the socket is gone. */
   async close(): Promise<void> {
-    this.#finish(new CdpError('CLOSED', 'The QMP connection was closed'))
+    this.#finish(new CdpError('CLOSED', 'The QMP connection was closed'), this.#lingerMs)
     await this.#closed.promise
   }
 
@@ -186,7 +194,7 @@ export class QmpClient {
   }
 
   #receive(chunk: Buffer): void {
-    if (this.#end) return
+    if (this.#end && !this.#lingering) return
     try {
       this.#parser.push(chunk, (message) => this.#dispatch(message))
     } catch (error) {
@@ -197,8 +205,10 @@ export class QmpClient {
   #dispatch(message: QmpMessage): void {
     if (message.is === 'greeting') return this.#greeted.resolve(message)
     if (message.is === 'event') return this.#remember(message)
-    const waiting = message.id === undefined ? undefined : this.#waiting.get(message.id)
-    if (message.id === undefined || !waiting) return
+    if (message.id === undefined || !this.#unanswered.delete(message.id)) return
+    if (this.#lingering && this.#unanswered.size === 0) return this.#destroy()
+    const waiting = this.#waiting.get(message.id)
+    if (!waiting) return
     this.#waiting.delete(message.id)
     waiting.stop()
     if (message.is === 'return') return waiting.resolve(message.value)
@@ -215,10 +225,11 @@ export class QmpClient {
     for (const watching of [...this.#watching]) watching.check(event)
   }
 
-  #finish(error: CdpError): void {
+  #finish(error: CdpError, lingerMs = 0): void {
+    if (lingerMs === 0 || this.#unanswered.size === 0) this.#destroy()
     if (this.#end) return
     this.#end = error
-    this.#socket.destroy()
+    if (!this.#socket.destroyed) this.#lingering = setTimeout(() => this.#destroy(), lingerMs)
     this.#greeted.reject(error)
     for (const waiting of this.#waiting.values()) {
       waiting.stop()
@@ -226,5 +237,11 @@ export class QmpClient {
     }
     this.#waiting.clear()
     for (const watching of [...this.#watching]) watching.reject(error)
+  }
+
+  #destroy(): void {
+    clearTimeout(this.#lingering)
+    this.#lingering = undefined
+    this.#socket.destroy()
   }
 }

@@ -65,11 +65,8 @@ export const discoverDisks = async (qmp: Pick<Qmp, 'execute' | 'version'>): Prom
   requireVersion(qmp)
   const [state, stats] = await Promise.all([queryBlockState(qmp), qmp.execute('query-blockstats')])
   const chains = readChains(stats)
-  const disks: QemuDisk[] = []
-  for (const device of state.devices) {
-    const disk = describeDisk(device, chains.get(device.qdev) ?? [], state)
-    if (disk) disks.push({ ...disk, iothread: await findIoThread(qmp, disk.key) })
-  }
+  const found = state.devices.flatMap((device) => describeDisk(device, chains.get(device.qdev) ?? [], state) ?? [])
+  const disks = await Promise.all(found.map(async (disk) => ({ ...disk, iothread: await findIoThread(qmp, disk.key) })))
   return disks.sort((one, other) => (one.key < other.key ? -1 : 1))
 }
 

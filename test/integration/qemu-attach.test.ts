@@ -78,7 +78,7 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
     const stepCount = shape === '8.4' ? 17 : 7
     for (let stopAt = 0; stopAt < stepCount; stopAt++) {
       const seen: string[] = []
-      await vm.qmp(async (qmp) => {
+      await withQmp(vm.qmpPath, { lingerMs: 0 }, async (qmp) => {
         const disks = await discoverDisks(qmp)
         const attach = attachCapture(qmp, disks, {
           nbdSocketPath: target.socketPath, exportNameOf: (key) => key,
