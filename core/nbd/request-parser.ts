@@ -13,7 +13,10 @@ import { NBD_CMD_WRITE, NBD_REQUEST_MAGIC, REQUEST_HEADER_BYTES } from './consta
 const TWO_TO_32 = 0x1_0000_0000
 const MAX_OFFSET_HIGH = 0x1f_ffff
 
-/** Receives what the parser finds, in the order of the stream. Callbacks must not call back into the parser. */
+/**
+ * Receives what the parser finds, in the order of the stream. Callbacks must not call back into the parser; what one of them throws leaves push, and
+ * the rest of that chunk is lost: end the connection then.
+ */
 export interface RequestSink {
   /** A header is complete. For a WRITE, `lengthBytes` of payload follow by onPayload or advancePayload. */
   onRequest(type: number, flags: number, cookieHigh: number, cookieLow: number, offsetBytes: number, lengthBytes: number): void

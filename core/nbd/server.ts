@@ -143,7 +143,11 @@ export class NbdServer {
     const gone = Promise.all([closed, ...Array.from(this.#connections, (connection) => connection.done)])
     let timer: NodeJS.Timeout | undefined
     const waited = new Promise<void>((resolve) => {
-      timer = setTimeout(resolve, DISPOSE_WAIT_MS)
+      timer = setTimeout(() => {
+        const context = { connections: this.#connections.size, waitedMs: DISPOSE_WAIT_MS }
+        this.#options.onConnectionError?.(new CdpError('TIMEOUT', 'Operations of NBD exports still run after their clients are gone.', { context }))
+        resolve()
+      }, DISPOSE_WAIT_MS)
     })
     await Promise.race([gone, waited])
     clearTimeout(timer)
