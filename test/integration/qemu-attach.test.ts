@@ -195,6 +195,27 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
   })
 })
 
+test('8.4: after a disk move the job is an orphan, which the counters tell, and the repair leaves only the new disk', async () => {
+  await using vm = await startBareVm({ shape: '8.4' })
+  await using target = await startFileTarget(vm)
+  await attachAll(vm, target.socketPath)
+  await vm.qmp(async (qmp) => {
+    const waitForJob = (name: string, status?: string) => qmp.waitForEvent((event) =>
+      event.event === name && (event.data['device'] ?? event.data['id']) === 'drive-scsi0' && (status === undefined || event.data['status'] === status), { deadlineMs: 10_000 })
+    await qmp.execute('drive-mirror', { device: 'drive-scsi0', 'job-id': 'drive-scsi0', target: `${vm.dir}/moved.raw`, format: 'raw', sync: 'full', mode: 'absolute-paths' })
+    await waitForJob('BLOCK_JOB_READY')
+    await qmp.execute('block-job-complete', { device: 'drive-scsi0' })
+    await waitForJob('JOB_STATUS_CHANGE', 'null')
+  })
+  expect((await vm.qmp(readCounters)).get('scsi0')).toMatchObject({ onPath: false, job: { ready: true } })
+  expect(await vm.qmp((qmp) => repairHalfStates(qmp, { keepBitmaps: false }))).toMatchObject({ shields: ['cdp-shield-scsi0'], jobs: ['cdp-job-scsi0'] })
+  const left = await vm.qmp(blockSnapshot)
+  expect(left).not.toContain('cdp-')
+  expect((JSON.parse(left) as { nodes: string[] }).nodes).toHaveLength(2)
+  await attachAll(vm, target.socketPath)
+  expect((await vm.qmp(readCounters)).get('scsi0')).toMatchObject({ onPath: true })
+})
+
 test('a QMP socket whose queue is full is waited for, and its holder is not disturbed', async () => {
   await using vm = await startBareVm({ shape: '9.x' })
   const release = Promise.withResolvers<void>()

@@ -55,7 +55,10 @@ const copyExtents = async (from: FileHandle, to: FileHandle, extents: readonly E
       await Promise.all([from.read(one, 0, blockBytes, offset), to.read(other, 0, blockBytes, offset)])
       if (one.equals(other)) continue
       differed += 1
-      await to.write(one, 0, blockBytes, offset)
+      for (let pageBytes = 0; pageBytes < blockBytes; pageBytes += 4096) {
+        const page = one.subarray(pageBytes, pageBytes + 4096)
+        if (!page.equals(other.subarray(pageBytes, pageBytes + 4096))) await to.write(page, 0, page.length, offset + pageBytes)
+      }
     }
   }
   return differed
