@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -52,10 +53,13 @@ export const seededRandom = (seed: number): (() => number) => {
   }
 }
 
-export const temporaryDirectory = async (): Promise<AsyncDisposable & { path: string }> => {
-  const path = await mkdtemp(join(tmpdir(), 'cdp-'))
+export const temporaryDirectory = async (parent = tmpdir()): Promise<AsyncDisposable & { path: string }> => {
+  const path = await mkdtemp(join(parent, 'cdp-'))
   return { path, [Symbol.asyncDispose]: () => rm(path, { recursive: true, force: true }) }
 }
+
+/** A temporary directory in memory where there is one: for tests that open a store thousands of times. */
+export const memoryDirectory = (): ReturnType<typeof temporaryDirectory> => temporaryDirectory(existsSync('/dev/shm') ? '/dev/shm' : tmpdir())
 
 /** Opens the store of `directory` with limits small enough for many segments. */
 export const openStore = (directory: string, sealer: SegmentSealer, limits: VmStoreOptions['limits'] = {}): Promise<VmStore> =>
