@@ -65,10 +65,26 @@ export class SegmentList {
   }
 }
 
-const readNumber = async (files: FilePool, directory: string, firstSeq: number): Promise<number | undefined> => {
+/** Number in the header of a segment; undefined: the file has no header yet; NaN: the header is damaged. */
+const readNumber = async (files: FilePool, path: string): Promise<number | undefined> => {
   const header = Buffer.alloc(SEGMENT_HEADER_BYTES)
-  const bytes = await files.read(join(directory, segmentFileName(firstSeq)), header, 0)
-  return bytes < SEGMENT_HEADER_BYTES ? undefined : parseSegmentHeader(header).segmentNumber
+  if ((await files.read(path, header, 0)) < SEGMENT_HEADER_BYTES) return undefined
+  try {
+    return parseSegmentHeader(header).segmentNumber
+  } catch (error) {
+    if (errorCode(error) === 'CHECKSUM' || errorCode(error) === 'FORMAT') return NaN
+    throw error
+  }
+}
+
+/** Number of the first file, from the first header that can be read, looking from one end. */
+const inferFirstNumber = async (files: FilePool, paths: readonly string[], fromEnd: boolean): Promise<number> => {
+  for (let step = 0; step < paths.length; step++) {
+    const at = fromEnd ? paths.length - 1 - step : step
+    const number = await readNumber(files, paths[at])
+    if (number !== undefined && !Number.isNaN(number)) return number - at
+  }
+  throw new CdpError('JOURNAL_DAMAGED', 'no segment of the journal has a header that can be read', { context: { files: paths.length } })
 }
 
 /**
@@ -82,20 +98,17 @@ export const listSegments = async (vmDirectory: string, files: FilePool): Promis
       if (errorCode(error) === 'ENOENT') return []
       throw error
     })
-    let firstSeqs = Float64Array.from(names.map(firstSeqOfSegmentFile).filter((seq) => seq !== undefined)).sort()
+    const firstSeqs = Float64Array.from(names.map(firstSeqOfSegmentFile).filter((seq) => seq !== undefined)).sort()
+    const paths = Array.from(firstSeqs, (seq) => join(directory, segmentFileName(seq)))
     try {
-      if (firstSeqs.length === 0) return new SegmentList(directory, 0, firstSeqs)
-      let last = await readNumber(files, directory, firstSeqs[firstSeqs.length - 1])
-      if (last === undefined) {
-        firstSeqs = firstSeqs.slice(0, -1)
-        if (firstSeqs.length === 0) return new SegmentList(directory, 0, firstSeqs)
-        last = await readNumber(files, directory, firstSeqs[firstSeqs.length - 1])
+      const newest = paths.at(-1)
+      if (newest !== undefined && (await readNumber(files, newest)) === undefined) paths.pop()
+      if (paths.length === 0) return new SegmentList(directory, 0, new Float64Array(0))
+      const first = await inferFirstNumber(files, paths, false)
+      if ((await inferFirstNumber(files, paths, true)) !== first || first < 0) {
+        throw new CdpError('JOURNAL_DAMAGED', 'the journal lacks a segment in the middle', { context: { directory, first, files: paths.length } })
       }
-      const first = await readNumber(files, directory, firstSeqs[0])
-      if (first === undefined || last === undefined || last - first !== firstSeqs.length - 1) {
-        throw new CdpError('JOURNAL_DAMAGED', 'the journal lacks a segment in the middle', { context: { directory, first, last, files: firstSeqs.length } })
-      }
-      return new SegmentList(directory, first, firstSeqs)
+      return new SegmentList(directory, first, firstSeqs.subarray(0, paths.length))
     } catch (error) {
       // A segment that retention took away while we listed: list again.
       if (errorCode(error) !== 'ENOENT' || attempt === 4) throw error

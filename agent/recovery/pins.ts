@@ -1,11 +1,11 @@
-/** What a pin is for, shown to the operator who asks why promotion waits. */
-export type PinInfo = { vm: string; seq: number; reason: string; sinceUnixMs: number }
+/** What a pin is for, by the VM's directory (VM ids repeat between sites); shown to the operator who asks why promotion waits. */
+export type PinInfo = { vmDirectory: string; seq: number; reason: string; sinceUnixMs: number }
 
 /** Held while something reads the base at `seq`; releasing twice is harmless. */
 export type Pin = PinInfo & { release(): void }
 
 /**
- * Which sequences of which VMs are being read: promotion moves a VM's base up to `lowest(vm)` and no further. Kept in memory:
+ * Which sequences of which VMs are being read: promotion moves a VM's base up to `lowest(vmDirectory)` and no further. Kept in memory:
  * whoever needs a pin over a restart asks for it again before promotion begins.
  */
 export class PinRegistry {
@@ -16,20 +16,20 @@ export class PinRegistry {
     this.#now = now
   }
 
-  pin(vm: string, seq: number, reason: string): Pin {
-    const pin: Pin = { vm, seq, reason, sinceUnixMs: this.#now(), release: () => void this.#pins.delete(pin) }
+  pin(vmDirectory: string, seq: number, reason: string): Pin {
+    const pin: Pin = { vmDirectory, seq, reason, sinceUnixMs: this.#now(), release: () => void this.#pins.delete(pin) }
     this.#pins.add(pin)
     return pin
   }
 
   /** The lowest pinned sequence of a VM: its base must not go beyond. */
-  lowest(vm: string): number | undefined {
+  lowest(vmDirectory: string): number | undefined {
     let lowest: number | undefined
-    for (const pin of this.#pins) if (pin.vm === vm && (lowest === undefined || pin.seq < lowest)) lowest = pin.seq
+    for (const pin of this.#pins) if (pin.vmDirectory === vmDirectory && (lowest === undefined || pin.seq < lowest)) lowest = pin.seq
     return lowest
   }
 
   list(): PinInfo[] {
-    return [...this.#pins].map(({ vm, seq, reason, sinceUnixMs }) => ({ vm, seq, reason, sinceUnixMs }))
+    return [...this.#pins].map(({ vmDirectory, seq, reason, sinceUnixMs }) => ({ vmDirectory, seq, reason, sinceUnixMs }))
   }
 }

@@ -90,7 +90,7 @@ export class PointServer {
       const exports: Entry['exports'] = []
       const opened = await Promise.allSettled(vms.map(async (vm) => {
         // The pin comes first: from here on the base stays where this point can use it.
-        const pin: Pin | undefined = this.#options.pins?.pin(vm.vm, vm.seq, `recovery point ${pointId}`)
+        const pin: Pin | undefined = this.#options.pins?.pin(vm.vmDirectory, vm.seq, `recovery point ${pointId}`)
         if (pin !== undefined) points.defer(() => pin.release())
         const point = points.use(await this.#openVm(vm))
         for (const disk of point.disks) exports.push({ served: new PointExport(`${pointId}/${vm.vm}/${disk.key}`, point, disk), vm, disk })

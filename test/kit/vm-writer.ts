@@ -17,7 +17,10 @@ export class VmWriter {
   readonly directory: string
   readonly frame: FrameBuilder
   nextSeq = 1
-  #options: VmWriterOptions
+  /** Bytes of frames, and of leaf runs, so far. */
+  writtenBytes = 0
+  leafRunBytes = 0
+  readonly #options: VmWriterOptions
   #segment: OpenSegment | undefined
   #segments = 0
   readonly #unsealed: OpenSegment[] = []
@@ -62,6 +65,7 @@ export class VmWriter {
     segment.recordCount += this.frame.recordCount
     writeSync(segment.fd, bytes, 0, lengthBytes, segment.offsetBytes)
     segment.offsetBytes += lengthBytes
+    this.writtenBytes += lengthBytes
     this.nextSeq = lastSeq + 1
     this.frame.reset()
   }
@@ -80,6 +84,7 @@ export class VmWriter {
   sealAll(): void {
     for (const segment of this.#unsealed.splice(0)) {
       const run = buildLeafRun(segment.records)
+      this.leafRunBytes += run.length
       const trailer = encodeSegmentTrailer({
         lastSeq: segment.records.lastSeq, runOffsetBytes: segment.offsetBytes, runBytes: run.length, recordCount: segment.recordCount,
         firstAtUnixMs: 1, lastAtUnixMs: 1, digest: this.#options.digests === false ? Buffer.alloc(32) : digestOf(segment.fd, segment.offsetBytes),
