@@ -1,3 +1,4 @@
+import { once } from 'node:events'
 import { Worker } from 'node:worker_threads'
 import { figureOf, type Bench, type BenchOptions, type Figure } from './figure.ts'
 import { fio, type FioResult, type Load } from './rig/fio.ts'
@@ -56,7 +57,9 @@ const run = async ({ quick, wants, say, scratchDirectory }: BenchOptions): Promi
       figures.push({ ...figureOf(name, unit, direction, rounds, 'the same mirror job into nbdkit null'), note: `no job: ${of(bare).toFixed(0)} ${unit}` })
     }
   } finally {
-    await worker.terminate()
+    const exited = once(worker, 'exit')
+    worker.postMessage('end')
+    await exited
   }
   return figures
 }

@@ -14,5 +14,5 @@ const session = new CaptureSession({
 })
 await session.start()
 await session.open({ reason: 'bench', epoch: { reason: 'bench' } })
-parentPort?.on('message', () => session.tick(0))
+parentPort?.on('message', () => process.exit(0))
 parentPort?.postMessage({ is: 'ready' })

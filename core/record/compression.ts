@@ -2,11 +2,11 @@ import { constants, zstdCompressSync } from 'node:zlib'
 import type { Compressor } from './frame-builder.ts'
 
 const MIN_BYTES = 2048
-const WORTH = 0.9
+const WORTH = 0.8
 const MAX_SKIPPED = 64
 
 /**
- * zstd level 1 where it pays. After a payload that saved less than a tenth the next 1, 2, 4 ... 64 payloads are stored
+ * zstd level 1 where it pays. After a payload that saved less than a fifth the next 1, 2, 4 ... 64 payloads are stored
  * without a try, so that data that do not compress cost next to nothing.
  */
 export const adaptiveZstd = (): Compressor => {

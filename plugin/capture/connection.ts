@@ -10,6 +10,8 @@ import type { CapturedDisk } from './target.ts'
 
 export const MAX_WRITE_BYTES = 1024 * 1024
 const REPLIES_PER_BUFFER = 512
+/** Payloads with so much left are read straight into their slab. */
+const DIRECT_READ_BYTES = 16 * 1024
 
 /** What a connection needs of the capture target around it. */
 export type ConnectionHost = {
@@ -58,10 +60,29 @@ export class CaptureConnection implements nbd.RequestSink {
     return this.#clean
   }
 
-  /** @throws CdpError NBD_PROTOCOL: the connection is to be closed */
-  receive(chunk: Buffer): void {
+  /** Bytes up to `end` of `chunk` have arrived. @throws CdpError NBD_PROTOCOL: the connection is to be closed */
+  receive(chunk: Buffer, end: number): void {
     this.#arrivedMs = performance.now()
-    this.#parser.push(chunk)
+    this.#parser.push(chunk, 0, end)
+    this.#finishBatch()
+  }
+
+  /**
+   * Where the rest of a large payload is to be read to, straight from the socket into the slab that its frame will keep; undefined
+   * while no large payload is under way.
+   */
+  placeForPayload(): Buffer | undefined {
+    const pendingBytes = this.#parser.payloadPendingBytes
+    if (pendingBytes < DIRECT_READ_BYTES || !this.#inBounds) return undefined
+    this.#staging ??= this.#host.slabs.take()
+    return this.#staging.subarray(this.#stagedBytes, this.#stagedBytes + pendingBytes)
+  }
+
+  /** So many bytes were read to where `placeForPayload` said. */
+  receivePlaced(lengthBytes: number): void {
+    this.#arrivedMs = performance.now()
+    this.#stagedBytes += lengthBytes
+    this.#parser.advancePayload(lengthBytes)
     this.#finishBatch()
   }
 

@@ -18,6 +18,7 @@ export type RecorderOptions = {
 type Closed = { builder: FrameBuilder; pool: SlabPool; slab: Buffer; firstSeq: number; flags: number; atUnixMs: number }
 
 const RECORDS_PER_FRAME = 4096
+const MAX_SPARE_BUILDERS = 8
 /** Larger writes get a frame of their own: their payload is not copied again. */
 export const LARGE_WRITE_BYTES = 128 * 1024
 
@@ -115,7 +116,7 @@ export class Recorder {
   /** Closes the open frame and seals everything now. */
   flush(): void {
     this.#close()
-    this.#sealClosed()
+    while (this.#closed.length > 0) this.#sealOne()
   }
 
   /** Stops timers; nothing is sealed any more. */
@@ -135,7 +136,7 @@ export class Recorder {
       this.#openAtUnixMs = this.#options.nowUnixMs()
       this.#linger ??= setTimeout(() => {
         this.#linger = undefined
-        this.flush()
+        this.#close()
       }, this.#options.lingerMs)
     }
     return this.#open
@@ -151,25 +152,25 @@ export class Recorder {
   #enqueue(closed: Closed): void {
     this.#closed.push(closed)
     this.#closedBytes += closed.slab.length
-    this.#sealSoon ??= setImmediate(() => this.#sealClosed())
+    this.#sealSoon ??= setImmediate(() => this.#sealOne())
   }
 
-  #sealClosed(): void {
-    clearImmediate(this.#sealSoon)
+  /** Seals one frame and leaves the others to later turns, so that acknowledgements never wait for more than one. */
+  #sealOne(): void {
     this.#sealSoon = undefined
-    const closed = this.#closed
-    this.#closed = []
-    this.#closedBytes = 0
-    for (const { builder, pool, slab, firstSeq, flags, atUnixMs } of closed) {
-      const { keepsSlab, ...frame } = builder.seal({ firstSeq, epoch: this.#epoch, atUnixMs, flags }, this.#options.compressor)
-      this.#options.queue.push(keepsSlab ? { ...frame, slab, pool } : frame)
-      if (pool === this.#options.smallSlabs) {
-        builder.reset(keepsSlab ? pool.take() : slab)
-        if (this.#spare.length < 8) this.#spare.push(builder)
-      } else if (!keepsSlab) {
-        pool.give(slab)
-      }
+    const closed = this.#closed.shift()
+    if (closed === undefined) return
+    const { builder, pool, slab, firstSeq, flags, atUnixMs } = closed
+    this.#closedBytes -= slab.length
+    const { keepsSlab, ...frame } = builder.seal({ firstSeq, epoch: this.#epoch, atUnixMs, flags }, this.#options.compressor)
+    if (pool === this.#options.smallSlabs) {
+      builder.reset(keepsSlab ? pool.take() : slab)
+      if (this.#spare.length < MAX_SPARE_BUILDERS) this.#spare.push(builder)
+    } else if (!keepsSlab) {
+      pool.give(slab)
     }
+    if (this.#closed.length > 0) this.#sealSoon ??= setImmediate(() => this.#sealOne())
+    this.#options.queue.push(keepsSlab ? { ...frame, slab, pool } : frame)
   }
 
   #dropUnsealed(): void {

@@ -5,6 +5,7 @@ import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import * as nbd from '../../core/nbd/index.ts'
 import { CaptureConnection, MAX_WRITE_BYTES } from './connection.ts'
 import type { ConnectionHost } from './connection.ts'
+import { readInto } from './read-into.ts'
 
 /** A disk as capture sees it. `capturedBytes` grows with writes and zeroes (what QEMU counts as written), never with discards. */
 export type CapturedDisk = { disk: number; key: string; sizeBytes: number; capturedBytes: number }
@@ -17,6 +18,8 @@ export type TargetEvents = {
 }
 
 const HANDSHAKE_DEADLINE_MS = 5_000
+/** What one read from a socket may bring; more than a unix socket usually holds. */
+const SCRATCH_BYTES = 256 * 1024
 
 /**
  * The NBD target of one VM: a unix socket, one export per disk, named by the disk's key. It only takes: reads are refused.
@@ -40,7 +43,7 @@ export class CaptureTarget implements AsyncDisposable {
 
   async listen(): Promise<void> {
     await rm(this.#path, { force: true })
-    const server = createServer((socket) => this.#negotiate(socket))
+    const server = createServer({ pauseOnConnect: true }, (socket) => this.#negotiate(socket))
     this.#server = server
     const { promise, resolve, reject } = Promise.withResolvers<void>()
     server.once('error', reject)
@@ -79,53 +82,59 @@ export class CaptureTarget implements AsyncDisposable {
     }
   }
 
-  #negotiate(socket: Socket): void {
-    this.#sockets.add(socket)
+  #negotiate(accepted: Socket): void {
     let why = 'closed by the peer'
-    socket.on('error', (error) => (why = errorMessage(error)))
-    socket.once('close', () => this.#sockets.delete(socket))
-    const deadline = setTimeout(() => socket.destroy(), HANDSHAKE_DEADLINE_MS)
-    socket.once('close', () => clearTimeout(deadline))
+    let connection: CaptureConnection | undefined
+    let place: Buffer | undefined
+    const scratch = Buffer.allocUnsafeSlow(SCRATCH_BYTES)
     const handshake = new nbd.ServerHandshake({ findExport: (name) => this.#exportOf(name), listExports: () => this.#disks.map(({ key }) => ({ name: key })), structuredReplies: false })
-    socket.write(handshake.greeting())
-    const onData = (chunk: Buffer): void => {
-      try {
-        const { send, outcome } = handshake.push(chunk)
+    const receive = (lengthBytes: number): void => {
+      if (connection === undefined) {
+        const { send, outcome } = handshake.push(scratch.subarray(0, lengthBytes))
         for (const bytes of send) socket.write(bytes)
         if (outcome === undefined) return
         clearTimeout(deadline)
-        socket.off('data', onData)
-        if (outcome.is === 'aborted') socket.end()
-        else this.#transmit(socket, outcome.session.exportName, outcome.rest, () => why)
-      } catch (error) {
-        why = errorMessage(error)
-        socket.destroy()
+        if (outcome.is === 'aborted') return void socket.end()
+        connection = this.#transmit(socket, outcome.session.exportName, () => why)
+        connection.receive(outcome.rest, outcome.rest.length)
+      } else if (place !== undefined) {
+        connection.receivePlaced(lengthBytes)
+      } else {
+        connection.receive(scratch, lengthBytes)
       }
+      if (connection.endedCleanly) socket.end()
     }
-    socket.on('data', onData)
+    const socket = readInto(accepted, {
+      nextBuffer: () => (place = connection?.placeForPayload()) ?? scratch,
+      onRead: (lengthBytes) => {
+        try {
+          receive(lengthBytes)
+        } catch (error) {
+          why = errorMessage(error)
+          socket.destroy()
+        }
+      },
+    })
+    const deadline = setTimeout(() => socket.destroy(), HANDSHAKE_DEADLINE_MS)
+    this.#sockets.add(socket)
+    socket.on('error', (error) => (why = errorMessage(error)))
+    socket.once('close', () => {
+      this.#sockets.delete(socket)
+      clearTimeout(deadline)
+    })
+    socket.write(handshake.greeting())
   }
 
-  #transmit(socket: Socket, key: string, rest: Buffer, whyClosed: () => string): void {
+  #transmit(socket: Socket, key: string, whyClosed: () => string): CaptureConnection {
     const disk = this.#disks.find((candidate) => candidate.key === key)
     if (disk === undefined) throw new CdpError('INTERNAL', 'negotiated an export that does not exist')
     const connection = new CaptureConnection(socket, disk, this.#host)
     this.#connections.set(socket, connection)
-    let broken: string | undefined
-    const receive = (chunk: Buffer): void => {
-      try {
-        connection.receive(chunk)
-        if (connection.endedCleanly) socket.end()
-      } catch (error) {
-        broken = errorMessage(error)
-        socket.destroy()
-      }
-    }
-    socket.on('data', receive)
     socket.once('close', () => {
       this.#connections.delete(socket)
-      this.#events.closed(key, connection.endedCleanly && broken === undefined, broken ?? whyClosed())
+      this.#events.closed(key, connection.endedCleanly, whyClosed())
     })
     this.#events.opened(key)
-    if (rest.length > 0) receive(rest)
+    return connection
   }
 }
