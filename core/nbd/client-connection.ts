@@ -40,6 +40,7 @@ export class ClientConnection {
     if (options.signal?.aborted) throw new CdpError('ABORTED', 'The NBD connection was given up.', { cause: options.signal.reason })
     if (!(options.maxRequestsInFlight >= 1)) throw new CdpError('BAD_INPUT', 'An NBD client needs room for at least one request.')
     const where = describeAddress(address)
+    const context = { address: where }
     const handshake = new ClientHandshake(options)
     const opened = Promise.withResolvers<ClientConnection>()
     const closed = Promise.withResolvers<void>()
@@ -85,16 +86,17 @@ export class ClientConnection {
       connected = true
     })
     socket.on('error', (error) => {
-      const context = { address: where }
-      if (connected) fail(new CdpError('CLOSED', `The connection to the NBD server ${where} broke: ${errorMessage(error)}.`, { cause: error, retry: true, context }))
+      if (connected) {
+        fail(new CdpError('CLOSED', `The connection to the NBD server ${where} broke: ${errorMessage(error)}.`, { cause: error, retry: true, context }))
+      }
       else fail(new CdpError('UNREACHABLE', `No NBD server answers on ${where}: ${errorMessage(error)}.`, { cause: error, retry: true, context }))
     })
     socket.on('close', () => {
-      fail(new CdpError('CLOSED', `The NBD server ${where} closed the connection.`, { retry: true, context: { address: where } }))
+      fail(new CdpError('CLOSED', `The NBD server ${where} closed the connection.`, { retry: true, context }))
       closed.resolve()
     })
     const timer = setTimeout(() => {
-      fail(new CdpError('TIMEOUT', `The NBD server ${where} did not finish the handshake in ${options.deadlineMs} ms.`, { retry: true, context: { address: where } }))
+      fail(new CdpError('TIMEOUT', `The NBD server ${where} did not finish the handshake in ${options.deadlineMs} ms.`, { retry: true, context }))
     }, options.deadlineMs)
     const onAbort = (): void => fail(new CdpError('ABORTED', 'The NBD connection was given up.', { cause: options.signal?.reason }))
     options.signal?.addEventListener('abort', onAbort, { once: true })

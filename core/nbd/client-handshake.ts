@@ -80,7 +80,9 @@ export class ClientHandshake {
   }
 
   #greeting(bytes: Buffer): void {
-    if (bytes.readUInt32BE(0) !== nbd.NBDMAGIC_HIGH || bytes.readUInt32BE(4) !== nbd.NBDMAGIC_LOW) throw protocolError('The peer does not greet like an NBD server.')
+    if (bytes.readUInt32BE(0) !== nbd.NBDMAGIC_HIGH || bytes.readUInt32BE(4) !== nbd.NBDMAGIC_LOW) {
+      throw protocolError('The peer does not greet like an NBD server.')
+    }
     if (bytes.readUInt32BE(8) !== nbd.IHAVEOPT_HIGH || bytes.readUInt32BE(12) !== nbd.IHAVEOPT_LOW) {
       throw new CdpError('NBD_REFUSED', 'The NBD server speaks the oldstyle handshake only.', { hint: 'Serve the export with a current NBD server.' })
     }

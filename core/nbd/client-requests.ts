@@ -159,7 +159,9 @@ export class RequestTable implements ReplySink {
     this.#payloadOwner = undefined
     if (!entry.refusal) {
       if (pending.type === NBD_CMD_READ && !coversAll(entry.received, pending)) throw protocolError('The server did not send all data of a read.')
-      if (pending.type === NBD_CMD_BLOCK_STATUS && pending.statuses.size < this.#session.metaContexts.size) throw protocolError('The server left out a metadata context.')
+      if (pending.type === NBD_CMD_BLOCK_STATUS && pending.statuses.size < this.#session.metaContexts.size) {
+        throw protocolError('The server left out a metadata context.')
+      }
     }
     entry.pending = undefined
     if (entry.refusal) pending.reject(entry.refusal)

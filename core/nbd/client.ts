@@ -120,7 +120,9 @@ export class NbdClient {
   }
 
   /** `mayTrim` false keeps the range allocated; default true. `fast`: NBD_REFUSED instead of a slow write. */
-  async writeZeroes(offsetBytes: number, lengthBytes: number, how: { mayTrim?: boolean; fua?: boolean; fast?: boolean; signal?: AbortSignal } = {}): Promise<void> {
+  async writeZeroes(
+    offsetBytes: number, lengthBytes: number, how: { mayTrim?: boolean; fua?: boolean; fast?: boolean; signal?: AbortSignal } = {},
+  ): Promise<void> {
     this.#checkRange(offsetBytes, lengthBytes)
     this.#checkWritable(how.fua)
     this.#checkOffered(nbd.NBD_FLAG_SEND_WRITE_ZEROES, 'write zeroes')
@@ -200,7 +202,8 @@ export class NbdClient {
 
   #checkRange(offsetBytes: number, lengthBytes: number): void {
     const context = { offsetBytes, lengthBytes, sizeBytes: this.sizeBytes }
-    if (!Number.isSafeInteger(offsetBytes) || !Number.isSafeInteger(lengthBytes) || offsetBytes < 0 || lengthBytes < 0 || offsetBytes + lengthBytes > this.sizeBytes) {
+    const valid = Number.isSafeInteger(offsetBytes) && Number.isSafeInteger(lengthBytes) && offsetBytes >= 0 && lengthBytes >= 0
+    if (!valid || offsetBytes + lengthBytes > this.sizeBytes) {
       throw new CdpError('BAD_INPUT', 'The range is outside the NBD export.', { context })
     }
     const { minBytes } = this.blockSize

@@ -12,7 +12,10 @@ import {
 /** A run of bytes with the flags a metadata context gives it; position follows from the extents before it. */
 export type Extent = { lengthBytes: number; flags: number }
 
-/** Sizes of requests: offsets and lengths are multiples of minBytes, best around preferredBytes, data at most maxBytes. minBytes and preferredBytes are powers of two. */
+/**
+ * Sizes of requests: offsets and lengths are multiples of minBytes, best around preferredBytes, data at most maxBytes. minBytes and preferredBytes
+ * are powers of two.
+ */
 export type BlockSize = { readonly minBytes: number; readonly preferredBytes: number; readonly maxBytes: number }
 
 /** Where an NBD server listens or is found. */

@@ -93,9 +93,11 @@ const conversation = (below: Below): Buffer => {
   const options = [
     encodeOption(nbd.NBD_OPT_STRUCTURED_REPLY), encodeOption(nbd.NBD_OPT_LIST), encodeOption(nbd.NBD_OPT_STARTTLS),
     encodeOption(nbd.NBD_OPT_SET_META_CONTEXT, [encodeString('disk'), u32(1), encodeString(nbd.BASE_ALLOCATION)]),
-    encodeOption(nbd.NBD_OPT_LIST_META_CONTEXT, [encodeString('disk'), u32(0)]), encodeOption(nbd.NBD_OPT_INFO, [encodeString('disk'), Buffer.from([0, 1, 0, 3])]),
+    encodeOption(nbd.NBD_OPT_LIST_META_CONTEXT, [encodeString('disk'), u32(0)]),
+    encodeOption(nbd.NBD_OPT_INFO, [encodeString('disk'), Buffer.from([0, 1, 0, 3])]),
   ]
-  const last = below(8) === 0 ? encodeOption(nbd.NBD_OPT_EXPORT_NAME, [Buffer.from('disk')]) : encodeOption(nbd.NBD_OPT_GO, [encodeString('disk'), Buffer.from([0, 0])])
+  const last =
+    below(8) === 0 ? encodeOption(nbd.NBD_OPT_EXPORT_NAME, [Buffer.from('disk')]) : encodeOption(nbd.NBD_OPT_GO, [encodeString('disk'), Buffer.from([0, 0])])
   const chosen = Array.from({ length: below(6) }, () => options[below(options.length)] ?? Buffer.alloc(0))
   return Buffer.concat([u32(3), ...chosen, last, ...Array.from({ length: below(20) }, () => request(below))])
 }

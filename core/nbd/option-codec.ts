@@ -55,7 +55,7 @@ const put = (target: Buffer, at: number, parts: readonly Buffer[]): Buffer => {
 export const encodeString = (text: string): Buffer => {
   const bytes = Buffer.from(text, 'utf8')
   if (bytes.length > NBD_MAX_STRING_BYTES) {
-    throw new CdpError('BAD_INPUT', `A name of ${bytes.length} bytes is longer than NBD allows (${NBD_MAX_STRING_BYTES}).`, { context: { lengthBytes: bytes.length } })
+    throw new CdpError('BAD_INPUT', `A name of ${bytes.length} bytes is longer than NBD allows (${NBD_MAX_STRING_BYTES}).`)
   }
   const out = Buffer.allocUnsafe(4 + bytes.length)
   out.writeUInt32BE(bytes.length, 0)

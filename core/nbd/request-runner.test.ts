@@ -10,7 +10,8 @@ const BLOCK = 4096
 const structured: NegotiatedSession = { exportName: 'disk', structuredReplies: true, metaContexts: [nbd.BASE_ALLOCATION] }
 const never = new AbortController().signal
 
-const of = (type: number, offsetBytes: number, lengthBytes: number, flags = 0): NbdRequest => ({ type, flags, cookieHigh: 5, cookieLow: 6, offsetBytes, lengthBytes })
+const of = (type: number, offsetBytes: number, lengthBytes: number, flags = 0): NbdRequest =>
+  ({ type, flags, cookieHigh: 5, cookieLow: 6, offsetBytes, lengthBytes })
 
 /** Runs a request and reads its reply as a client does: one line a chunk. */
 const answer = async (served: NbdExport, request: NbdRequest, session = structured): Promise<unknown[]> => {
@@ -40,7 +41,9 @@ const striped = (sizeBytes: number): MemoryExport => {
 describe('reads', () => {
   test('sparse ones are cut at the edges of the range, and sent whole with DF or when they fall into too many pieces', async () => {
     const disk = striped(1024 * BLOCK)
-    expect(await answer(disk, of(nbd.NBD_CMD_READ, BLOCK - 10, 2 * BLOCK))).toEqual([['data', BLOCK - 10, 10], ['hole', BLOCK, BLOCK], ['data', 2 * BLOCK, BLOCK - 10]])
+    expect(await answer(disk, of(nbd.NBD_CMD_READ, BLOCK - 10, 2 * BLOCK))).toEqual([
+      ['data', BLOCK - 10, 10], ['hole', BLOCK, BLOCK], ['data', 2 * BLOCK, BLOCK - 10],
+    ])
     expect(await answer(disk, of(nbd.NBD_CMD_READ, 0, 4 * BLOCK, nbd.NBD_CMD_FLAG_DF))).toEqual([['data', 0, 4 * BLOCK]])
     expect(await answer(disk, of(nbd.NBD_CMD_READ, 0, 64 * BLOCK))).toHaveLength(64)
     expect(await answer(disk, of(nbd.NBD_CMD_READ, 0, 65 * BLOCK))).toEqual([['data', 0, 65 * BLOCK]])
@@ -61,14 +64,19 @@ describe('block status', () => {
   const two: NegotiatedSession = { ...structured, metaContexts: ['a:x', 'b:y'] }
 
   test('has one chunk a context, numbered as negotiated; extents end with the request and are never empty', async () => {
-    const disk = withExtents({ 'a:x': [{ lengthBytes: 512, flags: 1 }, { lengthBytes: 0, flags: 2 }, { lengthBytes: 2 ** 40, flags: 3 }], 'b:y': [{ lengthBytes: 100, flags: 0 }] })
+    const disk = withExtents({
+      'a:x': [{ lengthBytes: 512, flags: 1 }, { lengthBytes: 0, flags: 2 }, { lengthBytes: 2 ** 40, flags: 3 }],
+      'b:y': [{ lengthBytes: 100, flags: 0 }],
+    })
     expect(await answer(disk, of(nbd.NBD_CMD_BLOCK_STATUS, 0, 1 << 20), two)).toEqual([['status', 1, [512, 1], [(1 << 20) - 512, 3]], ['status', 2, [100, 0]]])
-    expect(await answer(disk, of(nbd.NBD_CMD_BLOCK_STATUS, 0, 1 << 20, nbd.NBD_CMD_FLAG_REQ_ONE), two)).toEqual([['status', 1, [512, 1]], ['status', 2, [100, 0]]])
+    const onlyOne = of(nbd.NBD_CMD_BLOCK_STATUS, 0, 1 << 20, nbd.NBD_CMD_FLAG_REQ_ONE)
+    expect(await answer(disk, onlyOne, two)).toEqual([['status', 1, [512, 1]], ['status', 2, [100, 0]]])
   })
 
   test('without a context, without a length or from an export that has none is an error', async () => {
     const disk = withExtents({})
-    expect(await answer(disk, of(nbd.NBD_CMD_BLOCK_STATUS, 0, 512), { ...structured, metaContexts: [] })).toEqual([['error', nbd.NBD_EINVAL, expect.any(String)]])
+    const without = { ...structured, metaContexts: [] }
+    expect(await answer(disk, of(nbd.NBD_CMD_BLOCK_STATUS, 0, 512), without)).toEqual([['error', nbd.NBD_EINVAL, expect.any(String)]])
     expect(await answer(disk, of(nbd.NBD_CMD_BLOCK_STATUS, 0, 0))).toEqual([['error', nbd.NBD_EINVAL, expect.any(String)]])
     expect(await answer(disk, of(nbd.NBD_CMD_BLOCK_STATUS, 0, 512))).toEqual([['error', nbd.NBD_EIO, 'the export has no status for base:allocation']])
   })
@@ -89,7 +97,8 @@ describe('writes', () => {
     disk.writeZeroes = async (offsetBytes, lengthBytes, how?: object) => void calls.push(['zeroes', offsetBytes, lengthBytes, how])
     const { NBD_CMD_FLAG_FUA: FUA, NBD_CMD_FLAG_NO_HOLE: NO_HOLE, NBD_CMD_FLAG_FAST_ZERO: FAST } = nbd
     const requests = [
-      { ...of(nbd.NBD_CMD_WRITE, 1, 3), data: Buffer.alloc(3) }, { ...of(nbd.NBD_CMD_WRITE, 1, 3, FUA), data: Buffer.alloc(3) }, of(nbd.NBD_CMD_TRIM, 2, 4, FUA),
+      { ...of(nbd.NBD_CMD_WRITE, 1, 3), data: Buffer.alloc(3) }, { ...of(nbd.NBD_CMD_WRITE, 1, 3, FUA), data: Buffer.alloc(3) },
+      of(nbd.NBD_CMD_TRIM, 2, 4, FUA),
       of(nbd.NBD_CMD_WRITE_ZEROES, 0, 8), of(nbd.NBD_CMD_WRITE_ZEROES, 0, 8, NO_HOLE | FUA | FAST), of(nbd.NBD_CMD_WRITE_ZEROES, 0, 0),
     ]
     for (const request of requests) expect(await answer(disk, request)).toEqual([['simple', 0]])
@@ -101,7 +110,8 @@ describe('writes', () => {
 
   test('what an export does not have is refused', async () => {
     const plain: NbdExport = {
-      name: 'disk', sizeBytes: 1 << 20, readOnly: false, canMultiConn: false, metaContexts: [], blockSize: { minBytes: 1, preferredBytes: BLOCK, maxBytes: BLOCK },
+      name: 'disk', sizeBytes: 1 << 20, readOnly: false, canMultiConn: false, metaContexts: [],
+      blockSize: { minBytes: 1, preferredBytes: BLOCK, maxBytes: BLOCK },
       read: async (_offsetBytes, lengthBytes) => [Buffer.alloc(lengthBytes)],
     }
     for (const type of [nbd.NBD_CMD_WRITE, nbd.NBD_CMD_TRIM, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_FLUSH, nbd.NBD_CMD_BLOCK_STATUS]) {

@@ -64,8 +64,12 @@ export const checkRequest = (served: NbdExport, session: NegotiatedSession, requ
     const errno = type === nbd.NBD_CMD_WRITE || type === nbd.NBD_CMD_WRITE_ZEROES ? nbd.NBD_ENOSPC : nbd.NBD_EINVAL
     return new NbdRequestError(errno, 'the range ends behind the end of the export')
   }
-  if (offsetBytes % served.blockSize.minBytes !== 0 || lengthBytes % served.blockSize.minBytes !== 0) return invalid('the range is not aligned to the minimum block size')
-  if ((type === nbd.NBD_CMD_READ || type === nbd.NBD_CMD_WRITE) && lengthBytes > served.blockSize.maxBytes) return invalid('the range is longer than the maximum block size')
+  if (offsetBytes % served.blockSize.minBytes !== 0 || lengthBytes % served.blockSize.minBytes !== 0) {
+    return invalid('the range is not aligned to the minimum block size')
+  }
+  if ((type === nbd.NBD_CMD_READ || type === nbd.NBD_CMD_WRITE) && lengthBytes > served.blockSize.maxBytes) {
+    return invalid('the range is longer than the maximum block size')
+  }
   if (type === nbd.NBD_CMD_BLOCK_STATUS) {
     if (session.metaContexts.length === 0 || !served.blockStatus) return invalid('no metadata context was negotiated')
     if (lengthBytes === 0) return invalid('block status needs a length')

@@ -62,7 +62,8 @@ export class ServerConnection implements RequestSink {
       this.#finish = resolve
     })
     this.#deadline = setTimeout(() => {
-      this.#fail(new CdpError('TIMEOUT', 'The NBD client did not finish its handshake in time.', { context: { deadlineMs: options.limits.handshakeDeadlineMs } }))
+      const context = { deadlineMs: options.limits.handshakeDeadlineMs }
+      this.#fail(new CdpError('TIMEOUT', 'The NBD client did not finish its handshake in time.', { context }))
     }, options.limits.handshakeDeadlineMs)
     socket.on('data', (chunk: Buffer) => this.#onData(chunk))
     socket.on('drain', () => this.#pump())
@@ -128,10 +129,10 @@ export class ServerConnection implements RequestSink {
   /** Starts what may start, then lets the socket run or stand accordingly. */
   #pump(): void {
     if (this.#socketClosed) return
+    const { maxRequestsInFlight, maxBytesInFlight } = this.#options.limits
     let started = 0
     for (const request of this.#queue) {
       const dataBytes = dataBytesOf(request)
-      const { maxRequestsInFlight, maxBytesInFlight } = this.#options.limits
       if (this.#inFlight >= maxRequestsInFlight || (this.#inFlight > 0 && this.#inFlightBytes + dataBytes > maxBytesInFlight)) break
       started += 1
       this.#inFlight += 1
@@ -139,7 +140,7 @@ export class ServerConnection implements RequestSink {
       void this.#run(request, dataBytes)
     }
     if (started > 0) this.#queue.splice(0, started)
-    const busy = this.#queue.length > 0 || this.#inFlight >= this.#options.limits.maxRequestsInFlight || this.#inFlightBytes >= this.#options.limits.maxBytesInFlight
+    const busy = this.#queue.length > 0 || this.#inFlight >= maxRequestsInFlight || this.#inFlightBytes >= maxBytesInFlight
     // In the handshake a client that reads no replies is not read from either.
     if (busy || (!this.#parser && this.#socket.writableNeedDrain)) this.#socket.pause()
     else this.#socket.resume()

@@ -109,7 +109,9 @@ export class ServerHandshake {
       this.#noZeroes = (flags & nbd.NBD_FLAG_C_NO_ZEROES) !== 0
       this.#expectOption()
     } else if (this.#stage === 'option-header') {
-      if (bytes.readUInt32BE(0) !== nbd.IHAVEOPT_HIGH || bytes.readUInt32BE(4) !== nbd.IHAVEOPT_LOW) throw protocolError('An option does not begin with IHAVEOPT.')
+      if (bytes.readUInt32BE(0) !== nbd.IHAVEOPT_HIGH || bytes.readUInt32BE(4) !== nbd.IHAVEOPT_LOW) {
+        throw protocolError('An option does not begin with IHAVEOPT.')
+      }
       this.#option = bytes.readUInt32BE(8)
       const lengthBytes = bytes.readUInt32BE(12)
       if (lengthBytes > nbd.MAX_OPTION_BYTES) throw protocolError(`An option of ${lengthBytes} bytes is longer than the ${nbd.MAX_OPTION_BYTES} allowed.`)

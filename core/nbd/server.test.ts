@@ -26,7 +26,8 @@ afterEach(async () => {
 })
 
 const serve = async (exports: readonly NbdExport[], options: Partial<NbdServerOptions> = {}): Promise<NbdServer> => {
-  const server = await NbdServer.listen({ address: { path }, findExport: (name) => exports.find((one) => one.name === name), listExports: () => exports, ...options })
+  const findExport = (name: string): NbdExport | undefined => exports.find((one) => one.name === name)
+  const server = await NbdServer.listen({ address: { path }, findExport, listExports: () => exports, ...options })
   open.push(server)
   return server
 }
@@ -71,7 +72,8 @@ describe.each([true, false])('client and server, structured replies %s', (struct
     const disk = new MemoryExport({ name: 'disk', sizeBytes: 40 * MIB })
     await serve([disk], { structuredReplies })
     const client = await join({ metaContexts: [nbd.BASE_ALLOCATION] })
-    expect(client).toMatchObject({ structuredReplies, sizeBytes: 40 * MIB, readOnly: false, canMultiConn: true, metaContexts: structuredReplies ? [nbd.BASE_ALLOCATION] : [] })
+    const metaContexts = structuredReplies ? [nbd.BASE_ALLOCATION] : []
+    expect(client).toMatchObject({ structuredReplies, sizeBytes: 40 * MIB, readOnly: false, canMultiConn: true, metaContexts })
     const data = Buffer.from(Array.from({ length: 70_000 }, (_, index) => (index * 7) & 255))
     await client.write(5, data, { fua: true })
     await client.writeZeroes(1000, 500)
@@ -92,7 +94,10 @@ describe.each([true, false])('client and server, structured replies %s', (struct
 
   test('errors of the export reach the client as NBD errors, and the connection stays', async () => {
     const disk = new MemoryExport({ name: 'disk', sizeBytes: MIB })
-    const errors: Record<number, unknown> = { 0: new Error('broken'), 1: Object.assign(new Error('full'), { code: 'ENOSPC' }), 2: new CdpError('BAD_INPUT', 'no'), 3: Object.assign(new Error('r/o'), { code: 'EROFS' }) }
+    const errors: readonly unknown[] = [
+      new Error('broken'), Object.assign(new Error('full'), { code: 'ENOSPC' }), new CdpError('BAD_INPUT', 'no'),
+      Object.assign(new Error('r/o'), { code: 'EROFS' }),
+    ]
     disk.read = async (offsetBytes) => {
       throw errors[offsetBytes]
     }
@@ -242,7 +247,8 @@ describe('NbdServer', () => {
     expect(client.readOnly).toBe(true)
     await expect(client.write(0, Buffer.alloc(512))).rejects.toEqual(coded('NBD_REFUSED'))
     const socket = await rawSession()
-    for (const request of [Buffer.concat([header(nbd.NBD_CMD_WRITE, 0, 512), Buffer.alloc(512, 1)]), header(nbd.NBD_CMD_WRITE_ZEROES, 0, 512), header(nbd.NBD_CMD_TRIM, 0, 512)]) {
+    const write = Buffer.concat([header(nbd.NBD_CMD_WRITE, 0, 512), Buffer.alloc(512, 1)])
+    for (const request of [write, header(nbd.NBD_CMD_WRITE_ZEROES, 0, 512), header(nbd.NBD_CMD_TRIM, 0, 512)]) {
       socket.write(request)
       expect(((await once(socket, 'data')) as [Buffer])[0].readUInt32BE(4)).toBe(nbd.NBD_EPERM)
     }
@@ -298,7 +304,9 @@ describe('NbdServer', () => {
     const client = await join()
     const target = Buffer.alloc(MIB, 0xee)
     const holes = await client.readInto(target, 0, 0, MIB)
-    expect(holes).toEqual([{ offsetBytes: 0, lengthBytes: 4096 }, { offsetBytes: 8192, lengthBytes: 57_344 }, { offsetBytes: 69_632, lengthBytes: MIB - 69_632 }])
+    expect(holes).toEqual([
+      { offsetBytes: 0, lengthBytes: 4096 }, { offsetBytes: 8192, lengthBytes: 57_344 }, { offsetBytes: 69_632, lengthBytes: MIB - 69_632 },
+    ])
     expect(target.equals(disk.bytes)).toBe(true)
     expect((await client.read(4000, 200)).equals(disk.bytes.subarray(4000, 4200))).toBe(true)
   })

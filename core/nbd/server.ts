@@ -60,7 +60,10 @@ export class NbdServer {
     this.#server = createServer({ noDelay: true, keepAlive: true }, (socket) => this.#accept(socket))
   }
 
-  /** @throws CdpError CONFLICT when something answers on the address already, BAD_INPUT for a path that is too long, IO otherwise. A socket file that nobody serves is replaced. */
+  /**
+   * A socket file that nobody serves is replaced. @throws CdpError CONFLICT when something answers on the address already, BAD_INPUT for a path that
+   * is too long, IO otherwise
+   */
   static async listen(options: NbdServerOptions): Promise<NbdServer> {
     const server = new NbdServer(options)
     await server.#listen()
@@ -86,7 +89,9 @@ export class NbdServer {
   async #listen(): Promise<void> {
     const { address } = this.#options
     if ('path' in address && Buffer.byteLength(address.path) > MAX_SOCKET_PATH_BYTES) {
-      throw new CdpError('BAD_INPUT', `The socket path ${address.path} is longer than the ${MAX_SOCKET_PATH_BYTES} bytes Linux allows.`, { hint: 'Choose a shorter directory.' })
+      throw new CdpError('BAD_INPUT', `The socket path ${address.path} is longer than the ${MAX_SOCKET_PATH_BYTES} bytes Linux allows.`, {
+        hint: 'Choose a shorter directory.',
+      })
     }
     try {
       await this.#bind()
