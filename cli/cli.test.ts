@@ -20,7 +20,10 @@ afterAll(() => daemons[Symbol.asyncDispose]())
 beforeEach(() => void daemons.requests.splice(0))
 
 type Outcome = { exitCode: number; out: string; err: string }
-const run = async (argv: string[], options: { stdin?: string; env?: Record<string, string>; color?: boolean; signal?: AbortSignal; onOut?: (text: string) => void } = {}): Promise<Outcome> => {
+const run = async (
+  argv: string[],
+  options: { stdin?: string; env?: Record<string, string>; color?: boolean; signal?: AbortSignal; onOut?: (text: string) => void } = {},
+): Promise<Outcome> => {
   let out = ''
   let err = ''
   const exitCode = await runCli(argv, {
@@ -52,7 +55,17 @@ const human = async (argv: string[], options: { stdin?: string } = {}): Promise<
 describe('each command, for people and as JSON', () => {
   test('status shows both sides: state and reason per VM, RPO, sync progress', async () => {
     const text = await human(['status'])
-    for (const part of ['Recovery site  connected, dr.example port 7402', 'VPG web  degraded: VM 102 is behind', 'RPO 3.2 s, a checkpoint every 5 s, last one 41', '2 abandoned', 'VM 102: initial sync, 16 GiB of 32 GiB (50 %), 128 MiB/s, about 2 min 8 s left', '42 us / 180 us / 2.1 ms', 'scsi0 32 GiB, virtio1 1 GiB', 'RPO unknown, 812 checkpoints', 'incomplete']) {
+    for (const part of [
+      'Recovery site  connected, dr.example port 7402',
+      'VPG web  degraded: VM 102 is behind',
+      'RPO 3.2 s, a checkpoint every 5 s, last one 41',
+      '2 abandoned',
+      'VM 102: initial sync, 16 GiB of 32 GiB (50 %), 128 MiB/s, about 2 min 8 s left',
+      '42 us / 180 us / 2.1 ms',
+      'scsi0 32 GiB, virtio1 1 GiB',
+      'RPO unknown, 812 checkpoints',
+      'incomplete',
+    ]) {
       expect(text).toContain(part)
     }
     expect(await json(['status'])).toEqual({ plugin: pluginStatus, agent: agentStatus, errors: {} })
@@ -71,11 +84,17 @@ describe('each command, for people and as JSON', () => {
   })
 
   test('vpg create, list, delete', async () => {
-    expect(await human(['vpg', 'create', 'mail', '--vm', '101', '102', '--checkpoint-every', '1s'])).toContain('VPG mail protects VM 101, 102; it is initializing: attaching')
-    expect(daemons.requests).toEqual([{ operation: 'createVpg', request: { params: undefined, query: undefined, body: { name: 'mail', vmIds: [101, 102], checkpointEveryMs: 1000 } } }])
+    expect(await human(['vpg', 'create', 'mail', '--vm', '101', '102', '--checkpoint-every', '1s'])).toContain(
+      'VPG mail protects VM 101, 102; it is initializing: attaching',
+    )
+    expect(daemons.requests).toEqual([
+      { operation: 'createVpg', request: { params: undefined, query: undefined, body: { name: 'mail', vmIds: [101, 102], checkpointEveryMs: 1000 } } },
+    ])
     expect(await json(['vpg', 'create', 'mail', '--vm', '101', '--vm', '102'])).toMatchObject({ name: 'mail', state: 'initializing' })
     expect(daemons.requests[1]).toMatchObject({ request: { body: { vmIds: [101, 102], checkpointEveryMs: 5000 } } })
-    expect(await human(['vpg', 'list'])).toMatch(/^VPG +STATE +RPO +EVERY +VMS +REASON\nweb +degraded +3\.2 s +5 s +101 102 +VM 102.*\ndb +initializing +unknown +5 s +attaching\n$/)
+    expect(await human(['vpg', 'list'])).toMatch(
+      /^VPG +STATE +RPO +EVERY +VMS +REASON\nweb +degraded +3\.2 s +5 s +101 102 +VM 102.*\ndb +initializing +unknown +5 s +attaching\n$/,
+    )
     expect(await json(['vpg', 'list'])).toEqual({ vpgs: pluginStatus.vpgs })
     expect(await human(['vpg', 'delete', 'web'])).toContain('no longer protected')
     expect(await json(['vpg', 'delete', 'web'])).toEqual({ deleted: 'web' })
@@ -83,8 +102,13 @@ describe('each command, for people and as JSON', () => {
 
   test('checkpoint list and tag', async () => {
     const text = await human(['checkpoint', 'list', 'web', '--limit', '2', '--from', '1h-ago', '--to', 'now'])
-    expect(text).toMatch(/^CHECKPOINT +TIME +AGE +STATE +KIND +TAG\n41 +2026-11-23T\d\d:\d\d:56\.800[+-]\d\d:\d\d +3\.2 s ago +proved +tagged +before +\[2J upgrade\n40 .*suspect +automatic\n$/)
-    expect(daemons.requests[0]).toMatchObject({ request: { params: { name: 'web' }, query: { limit: 2, fromUnixMs: nowUnixMs - 3_600_000, toUnixMs: nowUnixMs } } })
+    const [head, first, second] = text.split('\n')
+    expect(head).toMatch(/^CHECKPOINT +TIME +AGE +STATE +KIND +TAG$/)
+    expect(first).toMatch(/^41 +2026-11-23T\d\d:\d\d:56\.800[+-]\d\d:\d\d +3\.2 s ago +proved +tagged +before +\[2J upgrade$/)
+    expect(second).toMatch(/^40 .*suspect +automatic$/)
+    expect(daemons.requests[0]).toMatchObject({
+      request: { params: { name: 'web' }, query: { limit: 2, fromUnixMs: nowUnixMs - 3_600_000, toUnixMs: nowUnixMs } },
+    })
     expect(await json(['checkpoint', 'list', 'web'])).toMatchObject({ checkpoints: [{ id: '41' }, { id: '40' }] })
     expect(await human(['checkpoint', 'tag', 'web', 'before upgrade'])).toContain('is tagged "before upgrade"; it is pending until')
     expect(await json(['checkpoint', 'tag', 'web', 'x'])).toEqual({ checkpointId: '42', atUnixMs: nowUnixMs, state: 'pending' })
@@ -96,7 +120,11 @@ describe('each command, for people and as JSON', () => {
     expect(text).toContain('Close it with: pvecdp point close p-1')
     expect(await json(['point', 'open', 'web', '10m-ago'])).toEqual(point)
     await json(['point', 'open', 'web', '41'])
-    expect(daemons.requests.map(({ request }) => (request as { body: { checkpoint: unknown } }).body.checkpoint)).toEqual(['latest', { atUnixMs: nowUnixMs - 600_000 }, '41'])
+    expect(daemons.requests.map(({ request }) => (request as { body: { checkpoint: unknown } }).body.checkpoint)).toEqual([
+      'latest',
+      { atUnixMs: nowUnixMs - 600_000 },
+      '41',
+    ])
     expect(await human(['point', 'list'])).toContain('Recovery point p-1: VPG web at 2026-11-23T')
     expect(await json(['point', 'list'])).toEqual({ points: [point] })
     expect(await human(['point', 'close', 'p-1'])).toBe('Recovery point p-1 is closed.\n')
@@ -104,9 +132,21 @@ describe('each command, for people and as JSON', () => {
   })
 
   test('events of both sides, by time, and of one', async () => {
-    expect((await human(['events'])).split('\n').map((line) => line.replace(/^\S+ /, ''))).toEqual(['plugin warn  capture.lost: the job ended [2J vmId=101', 'agent  info  checkpoint.valid: checkpoint 41 is valid', ''])
+    expect((await human(['events'])).split('\n').map((line) => line.replace(/^\S+ /, ''))).toEqual([
+      'plugin warn  capture.lost: the job ended [2J vmId=101',
+      'agent  info  checkpoint.valid: checkpoint 41 is valid',
+      '',
+    ])
     const { out } = await run(['events', '--json'])
-    expect(out.trimEnd().split('\n').map((line) => JSON.parse(line) as unknown)).toMatchObject([{ side: 'plugin', kind: 'capture.lost', seq: 1 }, { side: 'agent', kind: 'checkpoint.valid' }])
+    expect(
+      out
+        .trimEnd()
+        .split('\n')
+        .map((line) => JSON.parse(line) as unknown),
+    ).toMatchObject([
+      { side: 'plugin', kind: 'capture.lost', seq: 1 },
+      { side: 'agent', kind: 'checkpoint.valid' },
+    ])
     expect(await json(['events', '--side', 'agent'])).toMatchObject({ kind: 'checkpoint.valid' })
   })
 
@@ -114,11 +154,14 @@ describe('each command, for people and as JSON', () => {
     const interrupt = new AbortController()
     const shown: string[] = []
     const first = Promise.withResolvers<void>()
-    const running = run(['events', '--follow', '--limit', '1', '--json'], { signal: interrupt.signal, onOut: (text) => {
-      shown.push(text)
-      if (shown.length === 2) first.resolve()
-      if (text.includes('later')) interrupt.abort()
-    } })
+    const running = run(['events', '--follow', '--limit', '1', '--json'], {
+      signal: interrupt.signal,
+      onOut: (text) => {
+        shown.push(text)
+        if (shown.length === 2) first.resolve()
+        if (text.includes('later')) interrupt.abort()
+      },
+    })
     await first.promise
     daemons.agentEvents.append({ level: 'error', kind: 'test.later', message: 'later' })
     expect(await running).toMatchObject({ exitCode: 0, err: '' })
@@ -200,15 +243,31 @@ describe('bad input says what and what to do, changes nothing, and exits with 2'
 
 describe('refused and unreachable', () => {
   test('what a daemon refuses exits with 1 and keeps its hint', async () => {
-    expect(await run(['vpg', 'create', 'web', '--vm', '101'])).toEqual({ exitCode: 1, out: '', err: 'error: there is a VPG web already\nhint: Choose another name.\n' })
+    expect(await run(['vpg', 'create', 'web', '--vm', '101'])).toEqual({
+      exitCode: 1,
+      out: '',
+      err: 'error: there is a VPG web already\nhint: Choose another name.\n',
+    })
     const { exitCode, out, err } = await run(['vpg', 'delete', 'nope', '--json'])
     expect({ exitCode, err }).toEqual({ exitCode: 1, err: '' })
-    expect(JSON.parse(out)).toEqual({ error: { code: 'NOT_FOUND', message: 'there is no VPG nope', hint: 'See what there is with: pvecdp status', context: { vpg: 'nope' } } })
+    expect(JSON.parse(out)).toEqual({
+      error: { code: 'NOT_FOUND', message: 'there is no VPG nope', hint: 'See what there is with: pvecdp status', context: { vpg: 'nope' } },
+    })
     const other = formatToken({ ...parseToken(secretToken), secret: 'T'.repeat(43) })
-    expect(await run(['pair', 'join'], { stdin: other })).toEqual({ exitCode: 1, out: '', err: 'error: the agent refused the pairing: this token was used already\nhint: Make a new one at the recovery site: pvecdp pair token\n' })
+    expect(await run(['pair', 'join'], { stdin: other })).toEqual({
+      exitCode: 1,
+      out: '',
+      err: 'error: the agent refused the pairing: this token was used already\nhint: Make a new one at the recovery site: pvecdp pair token\n',
+    })
   })
 
-  test.each([[['vpg', 'list'], 'plugin'], [['point', 'list'], 'agent'], [['events', '--follow', '--side', 'agent'], 'agent'], [['status'], undefined], [['events'], undefined]])('no daemon: pvecdp %j exits with 3', async (argv, side) => {
+  test.each([
+    [['vpg', 'list'], 'plugin'],
+    [['point', 'list'], 'agent'],
+    [['events', '--follow', '--side', 'agent'], 'agent'],
+    [['status'], undefined],
+    [['events'], undefined],
+  ])('no daemon: pvecdp %j exits with 3', async (argv, side) => {
     const env = { PVECDP_PLUGIN_SOCKET: '/tmp/cdp-none-p.sock', PVECDP_AGENT_SOCKET: '/tmp/cdp-none-a.sock' }
     const { exitCode, out, err } = await run(argv, { env })
     expect({ exitCode, out }).toEqual({ exitCode: 3, out: '' })
@@ -226,7 +285,11 @@ describe('refused and unreachable', () => {
       const half = await run(['status', '--agent-socket', dead])
       expect(half).toMatchObject({ exitCode: 3, out: expect.stringContaining('VPG web') })
       expect(half.err).toMatch(/^error: the agent broke off the conversation: [^\n]+\nhint: [^\n]+\n$/)
-      expect(JSON.parse((await run(['status', '--agent-socket', dead, '--json'])).out)).toMatchObject({ plugin: { side: 'plugin' }, agent: null, errors: { agent: { code: 'UNREACHABLE' } } })
+      expect(JSON.parse((await run(['status', '--agent-socket', dead, '--json'])).out)).toMatchObject({
+        plugin: { side: 'plugin' },
+        agent: null,
+        errors: { agent: { code: 'UNREACHABLE' } },
+      })
     } finally {
       server.close()
     }
@@ -255,12 +318,20 @@ describe('events --follow of two daemons', () => {
     const interrupt = new AbortController()
     try {
       const lines: { side: string; error?: { code: string } }[] = []
-      const outcome = await run(['events', '-f', '--json', '--agent-socket', dead], { signal: interrupt.signal, onOut: (text) => {
-        lines.push(JSON.parse(text) as { side: string })
-        if (lines.length === 2) interrupt.abort()
-      } })
+      const outcome = await run(['events', '-f', '--json', '--agent-socket', dead], {
+        signal: interrupt.signal,
+        onOut: (text) => {
+          lines.push(JSON.parse(text) as { side: string })
+          if (lines.length === 2) interrupt.abort()
+        },
+      })
       expect(outcome).toMatchObject({ exitCode: 0, err: '' })
-      expect(lines).toEqual(expect.arrayContaining([expect.objectContaining({ side: 'plugin', kind: 'capture.lost' }), { side: 'agent', error: expect.objectContaining({ code: 'UNREACHABLE' }) }]))
+      expect(lines).toEqual(
+        expect.arrayContaining([
+          expect.objectContaining({ side: 'plugin', kind: 'capture.lost' }),
+          { side: 'agent', error: expect.objectContaining({ code: 'UNREACHABLE' }) },
+        ]),
+      )
     } finally {
       interrupt.abort()
       server.close()
@@ -270,7 +341,9 @@ describe('events --follow of two daemons', () => {
 
 describe('the program', () => {
   const spawned = async (argv: string[], stdin = ''): Promise<Outcome> => {
-    const child = spawn(process.execPath, [join(import.meta.dirname, 'main.ts'), ...argv], { env: { PATH: process.env['PATH'] ?? '', PVECDP_PLUGIN_SOCKET: daemons.pluginSocket, PVECDP_AGENT_SOCKET: daemons.agentSocket } })
+    const child = spawn(process.execPath, [join(import.meta.dirname, 'main.ts'), ...argv], {
+      env: { PATH: process.env['PATH'] ?? '', PVECDP_PLUGIN_SOCKET: daemons.pluginSocket, PVECDP_AGENT_SOCKET: daemons.agentSocket },
+    })
     let out = ''
     let err = ''
     child.stdout.on('data', (chunk) => (out += String(chunk)))
@@ -281,7 +354,12 @@ describe('the program', () => {
   }
 
   test('runs, reads standard input, and ends with the exit code', async () => {
-    const [version, help, joined, wrong] = await Promise.all([spawned(['--version']), spawned(['checkpoint', 'list', '--help']), spawned(['pair', 'join', '--json'], `${secretToken}\n`), spawned(['vpg', 'create', 'a/b', '--vm', '101'])])
+    const [version, help, joined, wrong] = await Promise.all([
+      spawned(['--version']),
+      spawned(['checkpoint', 'list', '--help']),
+      spawned(['pair', 'join', '--json'], `${secretToken}\n`),
+      spawned(['vpg', 'create', 'a/b', '--vm', '101']),
+    ])
     expect(version).toMatchObject({ exitCode: 0, out: expect.stringMatching(/^\d+\.\d+\.\d+\n$/) })
     expect(help).toMatchObject({ exitCode: 0, out: expect.stringContaining('--limit') })
     expect(JSON.parse(joined.out)).toMatchObject({ agentSiteId: 'site-a' })
@@ -290,7 +368,11 @@ describe('the program', () => {
   })
 
   test('Ctrl-C ends events --follow quietly', async () => {
-    const child = spawn(process.execPath, [join(import.meta.dirname, 'main.ts'), 'events', '-f', '--plugin-socket', daemons.pluginSocket, '--agent-socket', daemons.agentSocket], { stdio: ['ignore', 'pipe', 'pipe'] })
+    const child = spawn(
+      process.execPath,
+      [join(import.meta.dirname, 'main.ts'), 'events', '-f', '--plugin-socket', daemons.pluginSocket, '--agent-socket', daemons.agentSocket],
+      { stdio: ['ignore', 'pipe', 'pipe'] },
+    )
     await once(child.stdout, 'data')
     child.kill('SIGINT')
     expect(await once(child, 'close')).toEqual([0, null])

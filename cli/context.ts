@@ -26,7 +26,8 @@ const defaults: Record<Side, { socketPath: string; variable: string; unit: strin
 }
 
 export const createContext = (io: CliIo, options: GlobalOptions): Context => {
-  const socketPath = (side: Side): string => (side === 'plugin' ? options.pluginSocket : options.agentSocket) ?? (io.env[defaults[side].variable] || defaults[side].socketPath)
+  const socketPath = (side: Side): string =>
+    (side === 'plugin' ? options.pluginSocket : options.agentSocket) ?? (io.env[defaults[side].variable] || defaults[side].socketPath)
   const json = options.json === true
   return {
     io,
@@ -42,14 +43,19 @@ export const createContext = (io: CliIo, options: GlobalOptions): Context => {
 export const isAbsent = (error: unknown): boolean => error instanceof CdpError && error.code === 'UNREACHABLE' && errorCode(error.cause) === 'ENOENT'
 
 /** Asks every daemon on this machine. Throws UNREACHABLE when there is none, or the error when no one answered. */
-export const askBoth = async <T>(context: Context, which: readonly Side[], ask: (side: Side, client: ApiClient) => Promise<T>): Promise<{ answers: Map<Side, T>; failures: Map<Side, CdpError> }> => {
+export const askBoth = async <T>(
+  context: Context,
+  which: readonly Side[],
+  ask: (side: Side, client: ApiClient) => Promise<T>,
+): Promise<{ answers: Map<Side, T>; failures: Map<Side, CdpError> }> => {
   const outcomes = await Promise.allSettled(which.map((side) => ask(side, context.client(side))))
   const answers = new Map<Side, T>()
   const failures = new Map<Side, CdpError>()
   which.forEach((side, index) => {
     const outcome = outcomes[index]
     if (outcome?.status === 'fulfilled') answers.set(side, outcome.value)
-    else if (outcome !== undefined) failures.set(side, outcome.reason instanceof CdpError ? outcome.reason : new CdpError('INTERNAL', String(outcome.reason), { cause: outcome.reason }))
+    else if (outcome !== undefined)
+      failures.set(side, outcome.reason instanceof CdpError ? outcome.reason : new CdpError('INTERNAL', String(outcome.reason), { cause: outcome.reason }))
   })
   if (answers.size > 0) {
     for (const side of which) if (isAbsent(failures.get(side))) failures.delete(side)

@@ -41,7 +41,10 @@ const failureOf = (error: unknown, argv: string[]): Failure => {
 const usage = (message: string, hint: string): Failure => ({ exitCode: 2, error: { code: 'BAD_INPUT', message, hint, context: {} } })
 
 const commanderFailure = (error: CommanderError, argv: string[]): Failure => {
-  const help = `See: pvecdp ${argv.filter((word) => /^[a-z]+$/.test(word)).slice(0, 2).join(' ')} --help`.replaceAll('  ', ' ')
+  const help = `See: pvecdp ${argv
+    .filter((word) => /^[a-z]+$/.test(word))
+    .slice(0, 2)
+    .join(' ')} --help`.replaceAll('  ', ' ')
   if (error.code === 'commander.help') return usage('what is to be done was not said', help)
   const [first = '', suggestion] = error.message.replace(/^error: /, '').split('\n')
   return usage(first, suggestion === undefined ? help : suggestion.replaceAll(/[()]/g, ''))

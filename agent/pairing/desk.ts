@@ -61,7 +61,13 @@ export const createPairingDesk = async (options: PairingDeskOptions): Promise<Pa
       log.warn('pairing refused', { reason: redemption, address })
       return { ok: false, message: refusals[redemption], hint: 'Make a new one at the recovery site: pvecdp pair token' }
     }
-    const certificatePem = await issueCertificate(authority, { commonName: request.siteId, csrPem: request.csrPem, usage: 'client', validForMs: clientValidForMs, nowUnixMs })
+    const certificatePem = await issueCertificate(authority, {
+      commonName: request.siteId,
+      csrPem: request.csrPem,
+      usage: 'client',
+      validForMs: clientValidForMs,
+      nowUnixMs,
+    })
     const site: PairedSite = {
       siteId: request.siteId,
       fingerprintSha256: fingerprintSha256(certificatePem),
@@ -110,7 +116,10 @@ export const createPairingDesk = async (options: PairingDeskOptions): Promise<Pa
         return
       }
       socket.on('error', (error) => log.debug('pairing connection broke', { error }))
-      conversations.set(socket, converse(socket).finally(() => conversations.delete(socket)))
+      conversations.set(
+        socket,
+        converse(socket).finally(() => conversations.delete(socket)),
+      )
     },
     [Symbol.asyncDispose]: async () => {
       closing.abort()

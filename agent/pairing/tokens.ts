@@ -80,7 +80,13 @@ export class TokenBook {
       })
       const match = this.#tokens[found]
       if (match === undefined) {
-        await this.#store(this.#tokens.map((token) => (token.state !== 'open' ? token : { ...token, wrongTries: token.wrongTries + 1, state: token.wrongTries + 1 >= maxWrongTries ? ('void' as const) : token.state })))
+        await this.#store(
+          this.#tokens.map((token) =>
+            token.state !== 'open'
+              ? token
+              : { ...token, wrongTries: token.wrongTries + 1, state: token.wrongTries + 1 >= maxWrongTries ? ('void' as const) : token.state },
+          ),
+        )
         return 'unknown'
       }
       if (match.state !== 'open') return match.state

@@ -25,13 +25,29 @@ export const addCheckpointCommands = (program: Command, context: (command: Comma
       const nowUnixMs = io.nowUnixMs()
       const fromUnixMs = options.from === undefined ? undefined : parseTime(options.from, nowUnixMs)
       const toUnixMs = options.to === undefined ? undefined : parseTime(options.to, nowUnixMs)
-      if (fromUnixMs !== undefined && toUnixMs !== undefined && fromUnixMs > toUnixMs) throw new UsageError('--from is after --to', `They are ${formatTime(fromUnixMs)} and ${formatTime(toUnixMs)}: exchange them.`)
+      if (fromUnixMs !== undefined && toUnixMs !== undefined && fromUnixMs > toUnixMs)
+        throw new UsageError('--from is after --to', `They are ${formatTime(fromUnixMs)} and ${formatTime(toUnixMs)}: exchange them.`)
       const query = { limit: parseLimit(options.limit), ...(fromUnixMs === undefined ? {} : { fromUnixMs }), ...(toUnixMs === undefined ? {} : { toUnixMs }) }
       const answer = await client('agent').call(agentApi.listCheckpoints, { params: { name: parseVpgName(vpg) }, query }, { signal: io.signal })
       print(answer, () => {
-        if (answer.checkpoints.length === 0) return `VPG ${vpg} has no checkpoint${fromUnixMs === undefined && toUnixMs === undefined ? ' yet' : ' in that time'}.\n`
-        const columns = [{ title: 'CHECKPOINT' }, { title: 'TIME' }, { title: 'AGE', align: 'right' as const }, { title: 'STATE' }, { title: 'KIND' }, { title: 'TAG' }]
-        const rows = answer.checkpoints.map((each) => [printable(each.id), formatTime(each.atUnixMs, { milliseconds: true }), formatAge(each.atUnixMs, nowUnixMs), { text: each.state, style: stateStyles[each.state] }, each.kind, printable(each.tag ?? '')])
+        if (answer.checkpoints.length === 0)
+          return `VPG ${vpg} has no checkpoint${fromUnixMs === undefined && toUnixMs === undefined ? ' yet' : ' in that time'}.\n`
+        const columns = [
+          { title: 'CHECKPOINT' },
+          { title: 'TIME' },
+          { title: 'AGE', align: 'right' as const },
+          { title: 'STATE' },
+          { title: 'KIND' },
+          { title: 'TAG' },
+        ]
+        const rows = answer.checkpoints.map((each) => [
+          printable(each.id),
+          formatTime(each.atUnixMs, { milliseconds: true }),
+          formatAge(each.atUnixMs, nowUnixMs),
+          { text: each.state, style: stateStyles[each.state] },
+          each.kind,
+          printable(each.tag ?? ''),
+        ])
         return formatTable(columns, rows, paint)
       })
     })
@@ -45,6 +61,10 @@ export const addCheckpointCommands = (program: Command, context: (command: Comma
       const { client, io, print } = context(command)
       const request = { params: { name: parseVpgName(vpg) }, body: { tag: parseTag(text) } }
       const answer = await client('plugin').call(pluginApi.tagCheckpoint, request, { signal: io.signal })
-      print(answer, () => `Checkpoint ${printable(answer.checkpointId)} of VPG ${vpg} at ${formatTime(answer.atUnixMs, { milliseconds: true })} is tagged "${printable(request.body.tag)}"; it is ${answer.state}${answer.state === 'pending' ? ' until the recovery site holds it' : ''}.\n`)
+      print(answer, () => {
+        const what = `Checkpoint ${printable(answer.checkpointId)} of VPG ${vpg} at ${formatTime(answer.atUnixMs, { milliseconds: true })}`
+        const until = answer.state === 'pending' ? ' until the recovery site holds it' : ''
+        return `${what} is tagged "${printable(request.body.tag)}"; it is ${answer.state}${until}.\n`
+      })
     })
 }

@@ -19,7 +19,8 @@ export const addEventsCommand = (program: Command, context: (command: Command) =
       const own = context(command)
       const limit = parseLimit(options.limit)
       const which = parseSides(options.side)
-      const print = (side: Side, event: ApiEvent): void => void own.io.stdout.write(own.json ? `${JSON.stringify({ side, ...event })}\n` : eventText(side, event, own.paint))
+      const print = (side: Side, event: ApiEvent): void =>
+        void own.io.stdout.write(own.json ? `${JSON.stringify({ side, ...event })}\n` : eventText(side, event, own.paint))
       if (options.follow === true) await follow(own, which, limit, print)
       else {
         const { answers } = await askBoth(own, which, async (side, client) => {
@@ -44,7 +45,11 @@ const follow = async (context: Context, which: readonly Side[], limit: number, p
       throw error
     }
   })
-  if (!signal.aborted) throw new CdpError('UNREACHABLE', 'the daemon stopped', { hint: 'Call "pvecdp status" to see what runs.', context: { socketPath: which.map((side) => context.socketPath(side)).join(', ') } })
+  if (!signal.aborted)
+    throw new CdpError('UNREACHABLE', 'the daemon stopped', {
+      hint: 'Call "pvecdp status" to see what runs.',
+      context: { socketPath: which.map((side) => context.socketPath(side)).join(', ') },
+    })
 }
 
 const tell = ({ io, json }: Context, side: Side, error: CdpError): void => {
@@ -62,5 +67,6 @@ const levelStyles = { info: 'dim', warn: 'yellow', error: 'red' } as const
 
 const eventText = (side: Side, event: ApiEvent, paint: Painter): string => {
   const context = Object.entries(event.context).map(([key, value]) => ` ${printable(key)}=${printable(String(value))}`)
-  return `${formatTime(event.atUnixMs, { milliseconds: true })} ${side.padEnd(6)} ${paint(levelStyles[event.level], event.level.padEnd(5))} ${printable(event.kind)}: ${printable(event.message)}${paint('dim', context.join(''))}\n`
+  const head = [formatTime(event.atUnixMs, { milliseconds: true }), side.padEnd(6), paint(levelStyles[event.level], event.level.padEnd(5))]
+  return `${head.join(' ')} ${printable(event.kind)}: ${printable(event.message)}${paint('dim', context.join(''))}\n`
 }

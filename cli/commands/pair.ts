@@ -23,7 +23,8 @@ export const addPairCommands = (program: Command, context: (command: Command) =>
       const answer = await client('agent').call(agentApi.createPairingToken, { body }, { signal: io.signal })
       print(answer, () => {
         // The token alone goes to stdout, so that it can be piped to the other side.
-        io.stderr.write(`Valid for one pairing, until ${formatTime(answer.expiresAtUnixMs)} (${formatAge(answer.expiresAtUnixMs, io.nowUnixMs())}), for ${body.host}.\nOn a node of the protected cluster call "pvecdp pair join" and paste it.\n`)
+        const until = `${formatTime(answer.expiresAtUnixMs)} (${formatAge(answer.expiresAtUnixMs, io.nowUnixMs())})`
+        io.stderr.write(`Valid for one pairing, until ${until}, for ${body.host}.\nOn a node of the protected cluster call "pvecdp pair join" and paste it.\n`)
         return `${printable(answer.token)}\n`
       })
     })
@@ -35,7 +36,11 @@ export const addPairCommands = (program: Command, context: (command: Command) =>
     .option('--token-file <file>', 'read the token from a file')
     .action(async (dash: string | undefined, options: { tokenFile?: string }, command: Command) => {
       const { client, io, print } = context(command)
-      if (dash !== undefined && dash !== '-') throw new UsageError('a token on the command line can be seen by every user of this machine', 'Call "pvecdp pair join" and paste it, or pipe it in, or use --token-file FILE.')
+      if (dash !== undefined && dash !== '-')
+        throw new UsageError(
+          'a token on the command line can be seen by every user of this machine',
+          'Call "pvecdp pair join" and paste it, or pipe it in, or use --token-file FILE.',
+        )
       const token = (options.tokenFile === undefined ? await readSecret(io, 'Token: ') : await readSecretFile(options.tokenFile)).trim()
       try {
         parseToken(token)
@@ -43,6 +48,9 @@ export const addPairCommands = (program: Command, context: (command: Command) =>
         throw new UsageError(errorMessage(error), 'Give the whole line that "pvecdp pair token" printed at the recovery site.')
       }
       const answer = await client('plugin').call(pluginApi.pair, { body: { token } }, { deadlineMs: 60_000, signal: io.signal })
-      print(answer, () => `Paired with ${printable(answer.address)}.\nThis site      ${printable(answer.siteId)}\nRecovery site  ${printable(answer.agentSiteId)}\n`)
+      print(
+        answer,
+        () => `Paired with ${printable(answer.address)}.\nThis site      ${printable(answer.siteId)}\nRecovery site  ${printable(answer.agentSiteId)}\n`,
+      )
     })
 }

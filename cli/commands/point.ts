@@ -28,7 +28,9 @@ export const addPointCommands = (program: Command, context: (command: Command) =
     .action(async (_options: object, command: Command) => {
       const { client, io, paint, print } = context(command)
       const answer = await client('agent').call(agentApi.listPoints, {}, { signal: io.signal })
-      print(answer, () => (answer.points.length === 0 ? 'No recovery point is open.\n' : answer.points.map((each) => pointText(each, paint, io.nowUnixMs())).join('\n')))
+      print(answer, () =>
+        answer.points.length === 0 ? 'No recovery point is open.\n' : answer.points.map((each) => pointText(each, paint, io.nowUnixMs())).join('\n'),
+      )
     })
 
   point
@@ -43,7 +45,16 @@ export const addPointCommands = (program: Command, context: (command: Command) =
 }
 
 const pointText = (point: RecoveryPoint, paint: Painter, nowUnixMs: number): string => {
-  const head = `Recovery point ${paint('bold', printable(point.pointId))}: VPG ${point.vpg} at ${formatTime(point.atUnixMs, { milliseconds: true })} (${formatAge(point.atUnixMs, nowUnixMs)}), checkpoint ${printable(point.checkpointId)}\n`
+  const when = `${formatTime(point.atUnixMs, { milliseconds: true })} (${formatAge(point.atUnixMs, nowUnixMs)})`
+  const head = `Recovery point ${paint('bold', printable(point.pointId))}: VPG ${point.vpg} at ${when}, checkpoint ${printable(point.checkpointId)}\n`
   const columns = [{ title: 'VM', align: 'right' as const }, { title: 'DISK' }, { title: 'SIZE', align: 'right' as const }, { title: 'NBD URI' }]
-  return head + formatTable(columns, point.disks.map((disk) => [String(disk.vmId), printable(disk.key), formatBytes(disk.sizeBytes), printable(disk.uri)]), paint, '  ')
+  return (
+    head +
+    formatTable(
+      columns,
+      point.disks.map((disk) => [String(disk.vmId), printable(disk.key), formatBytes(disk.sizeBytes), printable(disk.uri)]),
+      paint,
+      '  ',
+    )
+  )
 }

@@ -4,9 +4,15 @@ import type { Cell, Painter, Style } from '../format/table.ts'
 import { formatAge, formatBytes, formatDuration, formatMicroseconds, formatTime, printable } from '../format/units.ts'
 
 const stateStyles: Record<VpgStatus['state'] | VmStatus['state'], Style> = {
-  protected: 'green', streaming: 'green',
-  initializing: 'yellow', attaching: 'yellow', syncing: 'yellow',
-  degraded: 'red', stopped: 'red', detached: 'red', tracking: 'red',
+  protected: 'green',
+  streaming: 'green',
+  initializing: 'yellow',
+  attaching: 'yellow',
+  syncing: 'yellow',
+  degraded: 'red',
+  stopped: 'red',
+  detached: 'red',
+  tracking: 'red',
 }
 export const stateCell = (state: VpgStatus['state'] | VmStatus['state']): Cell => ({ text: state, style: stateStyles[state] })
 
@@ -17,12 +23,15 @@ export const rpoCell = (rpoMs: number | null, checkpointEveryMs?: number): Cell 
   return { text: formatDuration(rpoMs), style: late ? 'red' : 'green' }
 }
 
+const linkCell = (connected: boolean): Cell => (connected ? { text: 'connected', style: 'green' } : { text: 'disconnected', style: 'red' })
 const show = (cell: Cell, paint: Painter): string => (typeof cell === 'string' ? cell : paint(cell.style, cell.text))
 const moment = (unixMs: number, nowUnixMs: number): string => `${formatTime(unixMs)} (${formatAge(unixMs, nowUnixMs)})`
 
 export const pluginStatusText = (status: PluginStatus, vpgs: VpgStatus[], paint: Painter, nowUnixMs: number): string => {
   const { peer } = status
-  const peerText = [show({ text: peer.state, style: peer.state === 'connected' ? 'green' : 'red' }, paint), peer.address, peer.reason].filter((part) => part !== undefined).map((part, index) => (index === 0 ? part : printable(part)))
+  const peerText = [show({ text: peer.state, style: peer.state === 'connected' ? 'green' : 'red' }, paint), peer.address, peer.reason]
+    .filter((part) => part !== undefined)
+    .map((part, index) => (index === 0 ? part : printable(part)))
   const head = `${paint('bold', 'Plugin')}  site ${printable(status.siteId)}, version ${printable(status.version)}\nRecovery site  ${peerText.join(', ')}\n`
   if (vpgs.length === 0) return `${head}No VPG. Make one with: pvecdp vpg create NAME --vm ID...\n`
   return head + vpgs.map((vpg) => `\n${pluginVpgText(vpg, paint, nowUnixMs)}`).join('')
@@ -30,18 +39,33 @@ export const pluginStatusText = (status: PluginStatus, vpgs: VpgStatus[], paint:
 
 const pluginVpgText = (vpg: VpgStatus, paint: Painter, nowUnixMs: number): string => {
   const last = vpg.lastCheckpoint === undefined ? 'none yet' : `${printable(vpg.lastCheckpoint.id)}, ${moment(vpg.lastCheckpoint.atUnixMs, nowUnixMs)}`
+  const rpo = show(rpoCell(vpg.rpoMs, vpg.checkpointEveryMs), paint)
+  const abandoned = vpg.abandonedCuts > 0 ? `; ${vpg.abandonedCuts} abandoned` : ''
   const head = [
     `${paint('bold', `VPG ${vpg.name}`)}  ${show(stateCell(vpg.state), paint)}: ${printable(vpg.reason)}`,
-    `  RPO ${show(rpoCell(vpg.rpoMs, vpg.checkpointEveryMs), paint)}, a checkpoint every ${formatDuration(vpg.checkpointEveryMs)}, last one ${last}${vpg.abandonedCuts > 0 ? `; ${vpg.abandonedCuts} abandoned` : ''}`,
+    `  RPO ${rpo}, a checkpoint every ${formatDuration(vpg.checkpointEveryMs)}, last one ${last}${abandoned}`,
   ]
   const columns = [
-    { title: 'VM', align: 'right' as const }, { title: 'STATE' }, { title: 'SINCE' }, { title: 'DURABLE', align: 'right' as const }, { title: 'BEHIND', align: 'right' as const },
-    { title: 'BUFFER', align: 'right' as const }, { title: 'ACK p50/p99/max', align: 'right' as const }, { title: 'DISKS' }, { title: 'REASON' },
+    { title: 'VM', align: 'right' as const },
+    { title: 'STATE' },
+    { title: 'SINCE' },
+    { title: 'DURABLE', align: 'right' as const },
+    { title: 'BEHIND', align: 'right' as const },
+    { title: 'BUFFER', align: 'right' as const },
+    { title: 'ACK p50/p99/max', align: 'right' as const },
+    { title: 'DISKS' },
+    { title: 'REASON' },
   ]
   const rows = vpg.vms.map((vm): Cell[] => [
-    String(vm.vmId), stateCell(vm.state), formatAge(vm.sinceUnixMs, nowUnixMs), String(vm.durableSeq), String(Math.max(0, vm.receivedSeq - vm.durableSeq)), formatBytes(vm.bufferedBytes),
+    String(vm.vmId),
+    stateCell(vm.state),
+    formatAge(vm.sinceUnixMs, nowUnixMs),
+    String(vm.durableSeq),
+    String(Math.max(0, vm.receivedSeq - vm.durableSeq)),
+    formatBytes(vm.bufferedBytes),
     [vm.ackLatencyUs.p50, vm.ackLatencyUs.p99, vm.ackLatencyUs.max].map(formatMicroseconds).join(' / '),
-    vm.disks.map((disk) => `${printable(disk.key)} ${formatBytes(disk.sizeBytes)}`).join(', '), printable(vm.reason),
+    vm.disks.map((disk) => `${printable(disk.key)} ${formatBytes(disk.sizeBytes)}`).join(', '),
+    printable(vm.reason),
   ])
   const syncs = vpg.vms.flatMap((vm) => (vm.sync === undefined ? [] : [`  VM ${vm.vmId}: ${syncText(vm.sync)}\n`]))
   return `${head.join('\n')}\n${formatTable(columns, rows, paint, '  ')}${syncs.join('')}`
@@ -51,24 +75,43 @@ const pluginVpgText = (vpg: VpgStatus, paint: Painter, nowUnixMs: number): strin
 export const syncText = (sync: NonNullable<VmStatus['sync']>): string => {
   const percent = sync.totalBytes === 0 ? 100 : Math.floor((100 * sync.doneBytes) / sync.totalBytes)
   const left = sync.secondsLeft === null ? 'time left unknown' : `about ${formatDuration(sync.secondsLeft * 1000)} left`
-  return `${printable(sync.kind)} sync, ${formatBytes(sync.doneBytes)} of ${formatBytes(sync.totalBytes)} (${percent} %), ${formatBytes(sync.rateBytesPerSec)}/s, ${left}`
+  const done = `${formatBytes(sync.doneBytes)} of ${formatBytes(sync.totalBytes)} (${percent} %)`
+  return `${printable(sync.kind)} sync, ${done}, ${formatBytes(sync.rateBytesPerSec)}/s, ${left}`
 }
 
 export const agentStatusText = (status: AgentStatus, vpgs: AgentVpg[], paint: Painter, nowUnixMs: number): string => {
   const head = `${paint('bold', 'Agent')}  site ${printable(status.siteId)}, version ${printable(status.version)}\n`
-  const sites = status.sites.map((site) => `Protected site ${printable(site.siteId)}  ${show({ text: site.connected ? 'connected' : 'disconnected', style: site.connected ? 'green' : 'red' }, paint)}${site.address === undefined ? '' : `, ${printable(site.address)}`}\n`)
+  const sites = status.sites.map(
+    (site) =>
+      `Protected site ${printable(site.siteId)}  ${show(linkCell(site.connected), paint)}${site.address === undefined ? '' : `, ${printable(site.address)}`}\n`,
+  )
   const paired = status.sites.length === 0 ? 'No site is paired. Make a token with: pvecdp pair token\n' : sites.join('')
   return head + paired + vpgs.map((vpg) => `\n${agentVpgText(vpg, paint, nowUnixMs)}`).join('')
 }
 
 const agentVpgText = (vpg: AgentVpg, paint: Painter, nowUnixMs: number): string => {
-  const last = vpg.lastValidCheckpoint === undefined ? 'none valid yet' : `newest valid ${printable(vpg.lastValidCheckpoint.id)}, ${moment(vpg.lastValidCheckpoint.atUnixMs, nowUnixMs)}`
+  const last =
+    vpg.lastValidCheckpoint === undefined
+      ? 'none valid yet'
+      : `newest valid ${printable(vpg.lastValidCheckpoint.id)}, ${moment(vpg.lastValidCheckpoint.atUnixMs, nowUnixMs)}`
   const oldest = vpg.oldestAtUnixMs === undefined ? '' : `, oldest ${moment(vpg.oldestAtUnixMs, nowUnixMs)}`
-  const head = `${paint('bold', `VPG ${vpg.name}`)}  of site ${printable(vpg.siteId)}\n  RPO ${show(rpoCell(vpg.rpoMs), paint)}, ${vpg.checkpoints} checkpoints, ${last}${oldest}\n`
-  const columns = [{ title: 'VM', align: 'right' as const }, { title: 'STREAM' }, { title: 'BASE' }, { title: 'EPOCH', align: 'right' as const }, { title: 'DURABLE', align: 'right' as const }, { title: 'JOURNAL', align: 'right' as const }]
+  const title = `${paint('bold', `VPG ${vpg.name}`)}  of site ${printable(vpg.siteId)}`
+  const head = `${title}\n  RPO ${show(rpoCell(vpg.rpoMs), paint)}, ${vpg.checkpoints} checkpoints, ${last}${oldest}\n`
+  const columns = [
+    { title: 'VM', align: 'right' as const },
+    { title: 'STREAM' },
+    { title: 'BASE' },
+    { title: 'EPOCH', align: 'right' as const },
+    { title: 'DURABLE', align: 'right' as const },
+    { title: 'JOURNAL', align: 'right' as const },
+  ]
   const rows = vpg.vms.map((vm): Cell[] => [
-    String(vm.vmId), { text: vm.connected ? 'connected' : 'disconnected', style: vm.connected ? 'green' : 'red' }, { text: vm.baseComplete ? 'complete' : 'incomplete', style: vm.baseComplete ? 'green' : 'yellow' },
-    String(vm.epoch), String(vm.durableSeq), formatBytes(vm.journalBytes),
+    String(vm.vmId),
+    linkCell(vm.connected),
+    { text: vm.baseComplete ? 'complete' : 'incomplete', style: vm.baseComplete ? 'green' : 'yellow' },
+    String(vm.epoch),
+    String(vm.durableSeq),
+    formatBytes(vm.journalBytes),
   ])
   return head + formatTable(columns, rows, paint, '  ')
 }

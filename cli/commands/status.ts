@@ -28,14 +28,17 @@ export const addStatusCommand = (program: Command, context: (command: Command) =
       }
       if (json) {
         const errors = Object.fromEntries([...failures].map(([side, error]) => [side, error]))
-        io.stdout.write(`${JSON.stringify({ plugin: plugin === undefined ? null : { ...plugin, vpgs: pluginVpgs }, agent: agent === undefined ? null : { ...agent, vpgs: agentVpgs }, errors })}\n`)
+        const ofPlugin = plugin === undefined ? null : { ...plugin, vpgs: pluginVpgs }
+        const ofAgent = agent === undefined ? null : { ...agent, vpgs: agentVpgs }
+        io.stdout.write(`${JSON.stringify({ plugin: ofPlugin, agent: ofAgent, errors })}\n`)
       } else {
         const parts: string[] = []
         const nowUnixMs = io.nowUnixMs()
         if (plugin !== undefined && (wanted === undefined || pluginVpgs.length > 0)) parts.push(pluginStatusText(plugin, pluginVpgs, paint, nowUnixMs))
         if (agent !== undefined && (wanted === undefined || agentVpgs.length > 0)) parts.push(agentStatusText(agent, agentVpgs, paint, nowUnixMs))
         io.stdout.write(parts.join('\n'))
-        for (const error of failures.values()) io.stderr.write(`error: ${printable(error.message)}\n${error.hint === undefined ? '' : `hint: ${printable(error.hint)}\n`}`)
+        for (const error of failures.values())
+          io.stderr.write(`error: ${printable(error.message)}\n${error.hint === undefined ? '' : `hint: ${printable(error.hint)}\n`}`)
       }
       if (failures.size > 0) exitWith(3)
     })

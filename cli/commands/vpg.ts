@@ -22,7 +22,12 @@ export const addVpgCommands = (program: Command, context: (command: Command) => 
       if (options.vm === undefined) throw new UsageError('a VPG needs at least one VM', `For example: pvecdp vpg create ${name} --vm 101 102`)
       const body = { name: parseVpgName(name), vmIds: parseVmIds(options.vm), checkpointEveryMs: parseCheckpointInterval(options.checkpointEvery) }
       const answer = await client('plugin').call(pluginApi.createVpg, { body }, { deadlineMs: 60_000, signal: io.signal })
-      print(answer, () => `VPG ${body.name} protects VM ${body.vmIds.join(', ')}; it is ${answer.state}: ${printable(answer.reason)}\nWatch it with: pvecdp status ${body.name}\n`)
+      print(
+        answer,
+        () =>
+          `VPG ${body.name} protects VM ${body.vmIds.join(', ')}; it is ${answer.state}: ${printable(answer.reason)}\n` +
+          `Watch it with: pvecdp status ${body.name}\n`,
+      )
     })
 
   vpg
@@ -33,7 +38,14 @@ export const addVpgCommands = (program: Command, context: (command: Command) => 
       const answer = await client('plugin').call(pluginApi.listVpgs, {}, { signal: io.signal })
       print(answer, () => {
         if (answer.vpgs.length === 0) return 'No VPG. Make one with: pvecdp vpg create NAME --vm ID...\n'
-        const columns = [{ title: 'VPG' }, { title: 'STATE' }, { title: 'RPO', align: 'right' as const }, { title: 'EVERY', align: 'right' as const }, { title: 'VMS' }, { title: 'REASON' }]
+        const columns = [
+          { title: 'VPG' },
+          { title: 'STATE' },
+          { title: 'RPO', align: 'right' as const },
+          { title: 'EVERY', align: 'right' as const },
+          { title: 'VMS' },
+          { title: 'REASON' },
+        ]
         return formatTable(columns, answer.vpgs.map(row), paint)
       })
     })
@@ -49,4 +61,11 @@ export const addVpgCommands = (program: Command, context: (command: Command) => 
     })
 }
 
-const row = (vpg: VpgStatus) => [vpg.name, stateCell(vpg.state), rpoCell(vpg.rpoMs, vpg.checkpointEveryMs), formatDuration(vpg.checkpointEveryMs), vpg.vms.map((vm) => vm.vmId).join(' '), printable(vpg.reason)]
+const row = (vpg: VpgStatus) => [
+  vpg.name,
+  stateCell(vpg.state),
+  rpoCell(vpg.rpoMs, vpg.checkpointEveryMs),
+  formatDuration(vpg.checkpointEveryMs),
+  vpg.vms.map((vm) => vm.vmId).join(' '),
+  printable(vpg.reason),
+]

@@ -32,7 +32,8 @@ export const formatDuration = (ms: number): string => {
 }
 
 /** Latency figures: "85 us", "1.2 ms". */
-export const formatMicroseconds = (us: number): string => (us < 1000 ? `${Math.round(us)} us` : us < 1_000_000 ? `${compact(us / 1000)} ms` : `${compact(us / 1_000_000)} s`)
+export const formatMicroseconds = (us: number): string =>
+  us < 1000 ? `${Math.round(us)} us` : us < 1_000_000 ? `${compact(us / 1000)} ms` : `${compact(us / 1_000_000)} s`
 
 /** Local time with its offset: "2026-11-23T07:04:43.120+01:00". */
 export const formatTime = (unixMs: number, options: { milliseconds?: boolean } = {}): string => {
@@ -41,11 +42,13 @@ export const formatTime = (unixMs: number, options: { milliseconds?: boolean } =
   const offsetMinutes = -date.getTimezoneOffset()
   const offset = `${offsetMinutes < 0 ? '-' : '+'}${two(Math.floor(Math.abs(offsetMinutes) / 60))}:${two(Math.abs(offsetMinutes) % 60)}`
   const milliseconds = options.milliseconds === true ? `.${String(date.getMilliseconds()).padStart(3, '0')}` : ''
-  return `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}T${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}${milliseconds}${offset}`
+  const day = `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}`
+  return `${day}T${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}${milliseconds}${offset}`
 }
 
 /** "12 s ago", or "in 3 min" for what lies ahead. */
-export const formatAge = (unixMs: number, nowUnixMs: number): string => (unixMs > nowUnixMs ? `in ${formatDuration(unixMs - nowUnixMs)}` : `${formatDuration(nowUnixMs - unixMs)} ago`)
+export const formatAge = (unixMs: number, nowUnixMs: number): string =>
+  unixMs > nowUnixMs ? `in ${formatDuration(unixMs - nowUnixMs)}` : `${formatDuration(nowUnixMs - unixMs)} ago`
 
 /** Text of a daemon or of a user without what could steer a terminal. */
 export const printable = (text: string): string => text.replaceAll(/\p{C}+/gu, ' ')

@@ -19,17 +19,23 @@ export const parseCheckpointInterval = (text: string): number => {
 }
 
 export const parseVmIds = (texts: string[]): number[] => {
-  const ids = texts.flatMap((text) => text.split(',')).map((text) => {
-    if (!/^[1-9]\d{2,8}$/.test(text)) throw new UsageError(`"${text}" is not a VM id`, 'VM ids are numbers from 100 on, as "qm list" shows them.')
-    return Number(text)
-  })
+  const ids = texts
+    .flatMap((text) => text.split(','))
+    .map((text) => {
+      if (!/^[1-9]\d{2,8}$/.test(text)) throw new UsageError(`"${text}" is not a VM id`, 'VM ids are numbers from 100 on, as "qm list" shows them.')
+      return Number(text)
+    })
   const twice = ids.find((id, index) => ids.indexOf(id) !== index)
   if (twice !== undefined) throw new UsageError(`VM ${twice} is named twice`, 'Name each VM once.')
   return ids
 }
 
 export const parseVpgName = (text: string): string => {
-  if (!/^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/.test(text)) throw new UsageError(`"${text}" cannot be the name of a VPG`, 'Use up to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit.')
+  if (!/^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/.test(text))
+    throw new UsageError(
+      `"${text}" cannot be the name of a VPG`,
+      'Use up to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit.',
+    )
   return text
 }
 
@@ -40,7 +46,8 @@ export const parsePort = (text: string): number => {
 }
 
 export const parseHost = (text: string): string => {
-  if (!/^[A-Za-z0-9._:%-]{1,253}$/.test(text)) throw new UsageError(`"${text}" is not a host`, 'Give the name or the IP address under which the protected site reaches this one.')
+  if (!/^[A-Za-z0-9._:%-]{1,253}$/.test(text))
+    throw new UsageError(`"${text}" is not a host`, 'Give the name or the IP address under which the protected site reaches this one.')
   return text
 }
 
@@ -52,7 +59,8 @@ export const parseLimit = (text: string): number => {
 
 export const parseTag = (text: string): string => {
   const tag = text.trim()
-  if (tag === '' || tag.length > 200 || /\p{Cc}/u.test(tag)) throw new UsageError('the text of a tag has 1 to 200 characters on one line', 'For example: pvecdp checkpoint tag web "before the upgrade"')
+  if (tag === '' || tag.length > 200 || /\p{Cc}/u.test(tag))
+    throw new UsageError('the text of a tag has 1 to 200 characters on one line', 'For example: pvecdp checkpoint tag web "before the upgrade"')
   return tag
 }
 
@@ -64,7 +72,11 @@ export const parsePointId = (text: string): string => {
 /** "latest", "latest-tagged", an id, or a time, which means the newest checkpoint that can be recovered and is not after it. */
 export const parseCheckpoint = (text: string, nowUnixMs: number): string | { atUnixMs: number } => {
   if (looksLikeTime(text)) return { atUnixMs: parseTime(text, nowUnixMs) }
-  if (!/^[A-Za-z0-9._-]{1,64}$/.test(text)) throw new UsageError(`"${text}" is neither a checkpoint nor a time`, 'Give an id from "pvecdp checkpoint list", latest, latest-tagged, or a time such as 2026-11-23T07:04:43, 07:04 or 10m-ago.')
+  if (!/^[A-Za-z0-9._-]{1,64}$/.test(text))
+    throw new UsageError(
+      `"${text}" is neither a checkpoint nor a time`,
+      'Give an id from "pvecdp checkpoint list", latest, latest-tagged, or a time such as 2026-11-23T07:04:43, 07:04 or 10m-ago.',
+    )
   return text
 }
 
@@ -73,7 +85,8 @@ const calendar = /^(\d{4})-(\d{2})-(\d{2})(?:[T ](\d{2}):(\d{2})(?::(\d{2})(?:\.
 const relative = /^(\d+(?:\.\d+)?\s*(?:ms|s|m|min|h|d))[\s-]ago$/
 const absolute = /^@(\d{1,16})$/
 
-const looksLikeTime = (text: string): boolean => text === 'now' || text.startsWith('@') || text.includes(':') || /^\d{4}-\d{2}-\d{2}/.test(text) || /ago$/.test(text)
+const looksLikeTime = (text: string): boolean =>
+  text === 'now' || text.startsWith('@') || text.includes(':') || /^\d{4}-\d{2}-\d{2}/.test(text) || /ago$/.test(text)
 
 /**
  * A moment in local time unless it carries an offset: "2026-11-23T07:04:43.120+01:00", "2026-11-23 07:04", "2026-11-23",
@@ -101,7 +114,12 @@ const inRange = (unixMs: number, text: string): number => {
 }
 
 const lastTimeAt = (match: RegExpExecArray, text: string, nowUnixMs: number): number => {
-  const [hour, minute, second, millisecond] = [match[1], match[2], match[3] ?? '0', (match[4] ?? '0').padEnd(3, '0')].map(Number) as [number, number, number, number]
+  const [hour, minute, second, millisecond] = [match[1], match[2], match[3] ?? '0', (match[4] ?? '0').padEnd(3, '0')].map(Number) as [
+    number,
+    number,
+    number,
+    number,
+  ]
   if (hour > 23 || minute > 59 || second > 59) throw notATime(text)
   const date = new Date(nowUnixMs)
   date.setHours(hour, minute, second, millisecond)
@@ -110,8 +128,11 @@ const lastTimeAt = (match: RegExpExecArray, text: string, nowUnixMs: number): nu
 }
 
 const calendarTime = (match: RegExpExecArray, text: string): number => {
-  const [year, month, day, hour, minute, second, millisecond] = [1, 2, 3, 4, 5, 6].map((index) => Number(match[index] ?? '0')).concat(Number((match[7] ?? '0').padEnd(3, '0'))) as [number, number, number, number, number, number, number]
-  if (month < 1 || month > 12 || day < 1 || day > new Date(Date.UTC(year, month, 0)).getUTCDate() || hour > 23 || minute > 59 || second > 59) throw notATime(text)
+  const [year, month, day, hour, minute, second, millisecond] = [1, 2, 3, 4, 5, 6]
+    .map((index) => Number(match[index] ?? '0'))
+    .concat(Number((match[7] ?? '0').padEnd(3, '0'))) as [number, number, number, number, number, number, number]
+  if (month < 1 || month > 12 || day < 1 || day > new Date(Date.UTC(year, month, 0)).getUTCDate() || hour > 23 || minute > 59 || second > 59)
+    throw notATime(text)
   const zone = match[8]
   if (zone === undefined) return inRange(new Date(year, month - 1, day, hour, minute, second, millisecond).getTime(), text)
   const [zoneHour, zoneMinute] = zone === 'Z' ? [0, 0] : [Number(zone.slice(1, 3)), Number(zone.slice(4))]

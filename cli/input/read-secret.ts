@@ -10,10 +10,13 @@ const maxBytes = 4096
 /** A secret from a file. */
 export const readSecretFile = async (path: string): Promise<string> => {
   try {
-    if ((await stat(path)).size > maxBytes) throw new UsageError(`${path} is longer than a token`, 'Give the file that holds the one line that "pvecdp pair token" printed.')
+    if ((await stat(path)).size > maxBytes)
+      throw new UsageError(`${path} is longer than a token`, 'Give the file that holds the one line that "pvecdp pair token" printed.')
     return await readFile(path, 'utf8')
   } catch (error) {
-    throw error instanceof UsageError ? error : new UsageError(`cannot read ${path}: ${errorMessage(error)}`, 'Give the file that holds the one line that "pvecdp pair token" printed.')
+    throw error instanceof UsageError
+      ? error
+      : new UsageError(`cannot read ${path}: ${errorMessage(error)}`, 'Give the file that holds the one line that "pvecdp pair token" printed.')
   }
 }
 

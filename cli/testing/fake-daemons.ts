@@ -5,27 +5,95 @@ import { agentApi, createApi, EventLog, implement, pluginApi } from '../../core/
 import type { AgentStatus, PluginStatus, RecoveryPoint, VpgStatus } from '../../core/api/index.ts'
 import { CdpError } from '../../core/errors/index.ts'
 import { silentLogger } from '../../core/log/index.ts'
+import { formatToken } from '../../core/pairing/index.ts'
 
 export const nowUnixMs = Date.UTC(2026, 10, 23, 7, 0, 0)
-export const secretToken = `cdp1.${Buffer.from(JSON.stringify({ host: 'dr', port: 7402, caFingerprintSha256: 'ab'.repeat(32), secret: 'S'.repeat(43) })).toString('base64url')}`
+export const secretToken = formatToken({ host: 'dr', port: 7402, caFingerprintSha256: 'ab'.repeat(32), secret: 'S'.repeat(43) })
 
 export const vpg: VpgStatus = {
-  name: 'web', state: 'degraded', reason: 'VM 102 is behind: link down since 06:58', rpoMs: 3200, lastCheckpoint: { id: '41', atUnixMs: nowUnixMs - 3200 }, checkpointEveryMs: 5000, abandonedCuts: 2,
+  name: 'web',
+  state: 'degraded',
+  reason: 'VM 102 is behind: link down since 06:58',
+  rpoMs: 3200,
+  lastCheckpoint: { id: '41', atUnixMs: nowUnixMs - 3200 },
+  checkpointEveryMs: 5000,
+  abandonedCuts: 2,
   vms: [
-    { vmId: 101, state: 'streaming', reason: 'all writes are captured', sinceUnixMs: nowUnixMs - 60_000, receivedSeq: 120, durableSeq: 118, bufferedBytes: 4096, disks: [{ key: 'scsi0', sizeBytes: 2 ** 35 }], ackLatencyUs: { p50: 42, p99: 180, max: 2100 } },
-    { vmId: 102, state: 'syncing', reason: 'initial sync', sinceUnixMs: nowUnixMs - 9000, sync: { kind: 'initial', doneBytes: 2 ** 34, totalBytes: 2 ** 35, rateBytesPerSec: 2 ** 27, secondsLeft: 128 }, receivedSeq: 7, durableSeq: 7, bufferedBytes: 0, disks: [{ key: 'scsi0', sizeBytes: 2 ** 35 }, { key: 'virtio1', sizeBytes: 2 ** 30 }], ackLatencyUs: { p50: 0, p99: 0, max: 0 } },
+    {
+      vmId: 101,
+      state: 'streaming',
+      reason: 'all writes are captured',
+      sinceUnixMs: nowUnixMs - 60_000,
+      receivedSeq: 120,
+      durableSeq: 118,
+      bufferedBytes: 4096,
+      disks: [{ key: 'scsi0', sizeBytes: 2 ** 35 }],
+      ackLatencyUs: { p50: 42, p99: 180, max: 2100 },
+    },
+    {
+      vmId: 102,
+      state: 'syncing',
+      reason: 'initial sync',
+      sinceUnixMs: nowUnixMs - 9000,
+      sync: { kind: 'initial', doneBytes: 2 ** 34, totalBytes: 2 ** 35, rateBytesPerSec: 2 ** 27, secondsLeft: 128 },
+      receivedSeq: 7,
+      durableSeq: 7,
+      bufferedBytes: 0,
+      disks: [
+        { key: 'scsi0', sizeBytes: 2 ** 35 },
+        { key: 'virtio1', sizeBytes: 2 ** 30 },
+      ],
+      ackLatencyUs: { p50: 0, p99: 0, max: 0 },
+    },
   ],
 }
 const empty: VpgStatus = { name: 'db', state: 'initializing', reason: 'attaching', rpoMs: null, checkpointEveryMs: 5000, abandonedCuts: 0, vms: [] }
 
-export const pluginStatus: PluginStatus = { side: 'plugin', siteId: 'site-p', version: '0.1.0', peer: { state: 'connected', address: 'dr.example port 7402' }, vpgs: [vpg, empty] }
-export const agentStatus: AgentStatus = {
-  side: 'agent', siteId: 'site-a', version: '0.1.0', sites: [{ siteId: 'site-p', connected: true, address: '192.0.2.7' }],
-  vpgs: [{ name: 'web', siteId: 'site-p', rpoMs: null, lastValidCheckpoint: { id: '41', atUnixMs: nowUnixMs - 3200 }, checkpoints: 812, oldestAtUnixMs: nowUnixMs - 7_200_000, vms: [{ vmId: 101, epoch: 3, durableSeq: 118, journalBytes: 5 * 2 ** 30, baseComplete: true, connected: true }, { vmId: 102, epoch: 1, durableSeq: 7, journalBytes: 0, baseComplete: false, connected: false }] }],
+export const pluginStatus: PluginStatus = {
+  side: 'plugin',
+  siteId: 'site-p',
+  version: '0.1.0',
+  peer: { state: 'connected', address: 'dr.example port 7402' },
+  vpgs: [vpg, empty],
 }
-export const point: RecoveryPoint = { pointId: 'p-1', vpg: 'web', checkpointId: '41', atUnixMs: nowUnixMs - 3200, disks: [{ vmId: 101, key: 'scsi0', sizeBytes: 2 ** 35, uri: 'nbd+unix:///p-1-101-scsi0?socket=/run/pve-cdp/points.sock' }] }
+export const agentStatus: AgentStatus = {
+  side: 'agent',
+  siteId: 'site-a',
+  version: '0.1.0',
+  sites: [{ siteId: 'site-p', connected: true, address: '192.0.2.7' }],
+  vpgs: [
+    {
+      name: 'web',
+      siteId: 'site-p',
+      rpoMs: null,
+      lastValidCheckpoint: { id: '41', atUnixMs: nowUnixMs - 3200 },
+      checkpoints: 812,
+      oldestAtUnixMs: nowUnixMs - 7_200_000,
+      vms: [
+        { vmId: 101, epoch: 3, durableSeq: 118, journalBytes: 5 * 2 ** 30, baseComplete: true, connected: true },
+        { vmId: 102, epoch: 1, durableSeq: 7, journalBytes: 0, baseComplete: false, connected: false },
+      ],
+    },
+  ],
+}
+export const point: RecoveryPoint = {
+  pointId: 'p-1',
+  vpg: 'web',
+  checkpointId: '41',
+  atUnixMs: nowUnixMs - 3200,
+  disks: [{ vmId: 101, key: 'scsi0', sizeBytes: 2 ** 35, uri: 'nbd+unix:///p-1-101-scsi0?socket=/run/pve-cdp/points.sock' }],
+}
 
-export type FakeDaemons = { pluginSocket: string; agentSocket: string; requests: { operation: string; request: unknown }[]; pluginEvents: EventLog; agentEvents: EventLog; stopAgent: () => Promise<void>; stopPlugin: () => Promise<void>; [Symbol.asyncDispose]: () => Promise<void> }
+export type FakeDaemons = {
+  pluginSocket: string
+  agentSocket: string
+  requests: { operation: string; request: unknown }[]
+  pluginEvents: EventLog
+  agentEvents: EventLog
+  stopAgent: () => Promise<void>
+  stopPlugin: () => Promise<void>
+  [Symbol.asyncDispose]: () => Promise<void>
+}
 
 export const startFakeDaemons = async (): Promise<FakeDaemons> => {
   const root = await mkdtemp('/tmp/cdp-cli-')
@@ -39,13 +107,18 @@ export const startFakeDaemons = async (): Promise<FakeDaemons> => {
   const pluginEvents = new EventLog({ nowUnixMs: () => nowUnixMs })
   const agentEvents = new EventLog({ nowUnixMs: () => nowUnixMs + 1 })
   const plugin = await createApi({
-    socketPath: join(root, 'p.sock'), log: silentLogger, events: pluginEvents,
+    socketPath: join(root, 'p.sock'),
+    log: silentLogger,
+    events: pluginEvents,
     routes: implement(pluginApi, {
       status: async () => pluginStatus,
       listVpgs: async () => ({ vpgs: pluginStatus.vpgs }),
       pair: async (request) => {
         note('pair', request)
-        if (request.body.token !== secretToken) throw new CdpError('PAIRING', 'the agent refused the pairing: this token was used already', { hint: 'Make a new one at the recovery site: pvecdp pair token' })
+        if (request.body.token !== secretToken)
+          throw new CdpError('PAIRING', 'the agent refused the pairing: this token was used already', {
+            hint: 'Make a new one at the recovery site: pvecdp pair token',
+          })
         return { siteId: 'site-p', agentSiteId: 'site-a', address: 'dr port 7402' }
       },
       createVpg: async (request) => {
@@ -66,7 +139,9 @@ export const startFakeDaemons = async (): Promise<FakeDaemons> => {
     }),
   })
   const agent = await createApi({
-    socketPath: join(root, 'a.sock'), log: silentLogger, events: agentEvents,
+    socketPath: join(root, 'a.sock'),
+    log: silentLogger,
+    events: agentEvents,
     routes: implement(agentApi, {
       status: async () => agentStatus,
       createPairingToken: async (request) => {
@@ -76,7 +151,12 @@ export const startFakeDaemons = async (): Promise<FakeDaemons> => {
       listCheckpoints: async (request) => {
         known(request.params.name)
         note('listCheckpoints', request)
-        return { checkpoints: [{ id: '41', atUnixMs: nowUnixMs - 3200, kind: 'tagged' as const, tag: 'before \x1b[2J upgrade', state: 'proved' as const }, { id: '40', atUnixMs: nowUnixMs - 8200, kind: 'automatic' as const, state: 'suspect' as const }] }
+        return {
+          checkpoints: [
+            { id: '41', atUnixMs: nowUnixMs - 3200, kind: 'tagged' as const, tag: 'before \x1b[2J upgrade', state: 'proved' as const },
+            { id: '40', atUnixMs: nowUnixMs - 8200, kind: 'automatic' as const, state: 'suspect' as const },
+          ],
+        }
       },
       openPoint: async (request) => {
         known(request.body.vpg)
@@ -92,7 +172,11 @@ export const startFakeDaemons = async (): Promise<FakeDaemons> => {
     }),
   })
   return {
-    pluginSocket: plugin.socketPath, agentSocket: agent.socketPath, requests, pluginEvents, agentEvents,
+    pluginSocket: plugin.socketPath,
+    agentSocket: agent.socketPath,
+    requests,
+    pluginEvents,
+    agentEvents,
     stopAgent: () => agent[Symbol.asyncDispose](),
     stopPlugin: () => plugin[Symbol.asyncDispose](),
     [Symbol.asyncDispose]: async () => {

@@ -12,8 +12,19 @@ import { ApiClient, createApi, EventLog, implement } from './index.ts'
 import type { ApiEvent, Endpoints } from './index.ts'
 
 const contract = {
-  greet: { method: 'GET', path: '/v1/greet/:who', params: Type.Object({ who: Type.String({ pattern: '^[a-z]+$' }) }, { additionalProperties: false }), query: Type.Object({ times: Type.Integer({ minimum: 1, default: 1 }), loud: Type.Optional(Type.Boolean()) }, { additionalProperties: false }), answer: Type.Object({ text: Type.String() }) },
-  put: { method: 'POST', path: '/v1/things', body: Type.Object({ name: Type.String(), sizeBytes: Type.Integer({ minimum: 0 }) }, { additionalProperties: false }), answer: Type.Object({ id: Type.Integer() }) },
+  greet: {
+    method: 'GET',
+    path: '/v1/greet/:who',
+    params: Type.Object({ who: Type.String({ pattern: '^[a-z]+$' }) }, { additionalProperties: false }),
+    query: Type.Object({ times: Type.Integer({ minimum: 1, default: 1 }), loud: Type.Optional(Type.Boolean()) }, { additionalProperties: false }),
+    answer: Type.Object({ text: Type.String() }),
+  },
+  put: {
+    method: 'POST',
+    path: '/v1/things',
+    body: Type.Object({ name: Type.String(), sizeBytes: Type.Integer({ minimum: 0 }) }, { additionalProperties: false }),
+    answer: Type.Object({ id: Type.Integer() }),
+  },
   fail: { method: 'POST', path: '/v1/fail', body: Type.Object({ how: Type.String() }, { additionalProperties: false }), answer: Type.Object({}) },
   wait: { method: 'GET', path: '/v1/wait', answer: Type.Object({}) },
   wrong: { method: 'GET', path: '/v1/wrong', answer: Type.Object({ count: Type.Integer() }) },
@@ -55,7 +66,12 @@ const routes = () =>
 const serve = async () => stack.use(await createApi({ socketPath, routes: routes(), log: loggerTo('debug', (line) => lines.push(line)), events }))
 const client = (options: { deadlineMs?: number } = {}): ApiClient => new ApiClient({ socketPath, daemon: 'the thing', unit: 'thing.service', ...options })
 
-const raw = async (method: string, path: string, body?: string, headers: Record<string, string> = { 'content-type': 'application/json' }): Promise<{ status: number; json: unknown }> => {
+const raw = async (
+  method: string,
+  path: string,
+  body?: string,
+  headers: Record<string, string> = { 'content-type': 'application/json' },
+): Promise<{ status: number; json: unknown }> => {
   const outgoing = httpRequest({ socketPath, method, path, headers, agent: false })
   outgoing.on('error', () => undefined).end(body)
   const [response] = (await once(outgoing, 'response')) as [AsyncIterable<Buffer> & { statusCode: number }]
@@ -90,14 +106,24 @@ describe('API', () => {
   ]
   test.each(bad)('%s %s %s is refused with 400 and names what is wrong', async (method, path, body, message) => {
     await serve()
-    const { status, json } = await raw(method, path, body?.replace('LARGE', `{"name":"${'x'.repeat(70_000)}","sizeBytes":1}`), body === undefined ? {} : { 'content-type': 'application/json' })
+    const { status, json } = await raw(
+      method,
+      path,
+      body?.replace('LARGE', `{"name":"${'x'.repeat(70_000)}","sizeBytes":1}`),
+      body === undefined ? {} : { 'content-type': 'application/json' },
+    )
     expect(json).toMatchObject({ error: { code: 'BAD_INPUT', message: expect.stringContaining(message) } })
     expect(status).toBe(400)
   })
 
   test('errors keep code, message, hint and context; a bug is logged and is INTERNAL', async () => {
     await serve()
-    await expect(client().call(contract.fail, { body: { how: 'refuse' } })).rejects.toMatchObject({ code: 'CONFLICT', message: 'the VPG exists', hint: 'Choose another name.', context: { vpg: 'web' } })
+    await expect(client().call(contract.fail, { body: { how: 'refuse' } })).rejects.toMatchObject({
+      code: 'CONFLICT',
+      message: 'the VPG exists',
+      hint: 'Choose another name.',
+      context: { vpg: 'web' },
+    })
     expect((await raw('POST', '/v1/fail', '{"how":"refuse"}')).status).toBe(409)
     await expect(client().call(contract.fail, { body: { how: 'bug' } })).rejects.toMatchObject({ code: 'INTERNAL' })
     expect(lines.find((line) => line.level === 'error')).toMatchObject({ message: 'request failed' })

@@ -41,7 +41,10 @@ export class ApiClient {
       const answer = parse(text)
       if ((response.statusCode ?? 500) >= 400) throw this.#refusal(response.statusCode ?? 500, answer)
       const mismatch = answerMismatch(endpoint.answer, answer)
-      if (mismatch !== undefined) throw new CdpError('INTERNAL', `${this.#options.daemon} gave an answer that is not understood (${mismatch})`, { hint: 'Do pvecdp and the daemon have the same version? Restart the daemon after an upgrade.' })
+      if (mismatch !== undefined)
+        throw new CdpError('INTERNAL', `${this.#options.daemon} gave an answer that is not understood (${mismatch})`, {
+          hint: 'Do pvecdp and the daemon have the same version? Restart the daemon after an upgrade.',
+        })
       return answer
     } catch (error) {
       throw waits.explain(error)
@@ -64,7 +67,9 @@ export class ApiClient {
   #send(endpoint: Endpoint, request: Parts, signal: AbortSignal): Promise<IncomingMessage> {
     const { params, query, body } = request
     const path = endpoint.path.replaceAll(/:([a-z]+)/gi, (_, name: string) => encodeURIComponent(params?.[name] ?? ''))
-    const search = new URLSearchParams(Object.entries(query ?? {}).flatMap(([key, value]) => (value === undefined ? [] : [[key, String(value)] as [string, string]]))).toString()
+    const search = new URLSearchParams(
+      Object.entries(query ?? {}).flatMap(([key, value]) => (value === undefined ? [] : [[key, String(value)] as [string, string]])),
+    ).toString()
     const payload = body === undefined ? undefined : JSON.stringify(body)
     const { promise, resolve, reject } = Promise.withResolvers<IncomingMessage>()
     const outgoing = httpRequest({
@@ -86,18 +91,42 @@ export class ApiClient {
     const signal = AbortSignal.any([deadline, options.signal].filter((each) => each !== undefined))
     const explain = (error: unknown): CdpError => {
       if (error instanceof CdpError) return error
-      if (deadline?.aborted === true) return new CdpError('TIMEOUT', `${daemon} did not answer within ${deadlineMs / 1000} s`, { cause: error, retry: true, hint: `See: journalctl -u ${unit}`, context: { socketPath } })
+      if (deadline?.aborted === true)
+        return new CdpError('TIMEOUT', `${daemon} did not answer within ${deadlineMs / 1000} s`, {
+          cause: error,
+          retry: true,
+          hint: `See: journalctl -u ${unit}`,
+          context: { socketPath },
+        })
       if (signal.aborted) return new CdpError('ABORTED', 'the call was given up', { cause: error })
       const code = errorCode(error)
-      if (code === 'EACCES') return new CdpError('UNREACHABLE', `no permission to talk to ${daemon} on ${socketPath}`, { cause: error, hint: 'Call pvecdp as root.', context: { socketPath } })
-      if (code === 'ENOENT' || code === 'ECONNREFUSED') return new CdpError('UNREACHABLE', `${daemon} is not running: nobody listens on ${socketPath}`, { cause: error, hint: `Start it: systemctl start ${unit}`, context: { socketPath } })
-      return new CdpError('UNREACHABLE', `${daemon} broke off the conversation: ${errorMessage(error)}`, { cause: error, retry: true, hint: `See: journalctl -u ${unit}`, context: { socketPath } })
+      if (code === 'EACCES')
+        return new CdpError('UNREACHABLE', `no permission to talk to ${daemon} on ${socketPath}`, {
+          cause: error,
+          hint: 'Call pvecdp as root.',
+          context: { socketPath },
+        })
+      if (code === 'ENOENT' || code === 'ECONNREFUSED')
+        return new CdpError('UNREACHABLE', `${daemon} is not running: nobody listens on ${socketPath}`, {
+          cause: error,
+          hint: `Start it: systemctl start ${unit}`,
+          context: { socketPath },
+        })
+      return new CdpError('UNREACHABLE', `${daemon} broke off the conversation: ${errorMessage(error)}`, {
+        cause: error,
+        retry: true,
+        hint: `See: journalctl -u ${unit}`,
+        context: { socketPath },
+      })
     }
     return { signal, explain }
   }
 
   #refusal(status: number, answer: unknown): CdpError {
-    if (!Value.Check(ErrorAnswer, answer)) return new CdpError('INTERNAL', `${this.#options.daemon} answered with HTTP status ${status} and no explanation`, { hint: `See: journalctl -u ${this.#options.unit}` })
+    if (!Value.Check(ErrorAnswer, answer))
+      return new CdpError('INTERNAL', `${this.#options.daemon} answered with HTTP status ${status} and no explanation`, {
+        hint: `See: journalctl -u ${this.#options.unit}`,
+      })
     const { code, message, hint, context } = answer.error
     return new CdpError(code in errorCodes ? (code as ErrorCode) : 'INTERNAL', message, { ...(hint === undefined ? {} : { hint }), context: context ?? {} })
   }
@@ -141,7 +170,8 @@ async function* readEvents(response: IncomingMessage): AsyncGenerator<ApiEvent, 
     for (const line of lines) {
       if (line === '') continue
       const event = parse(line)
-      if (!Value.Check(eventsEndpoint.answer, event)) throw new CdpError('INTERNAL', 'an event that is not understood', { hint: 'Do pvecdp and the daemon have the same version?' })
+      if (!Value.Check(eventsEndpoint.answer, event))
+        throw new CdpError('INTERNAL', 'an event that is not understood', { hint: 'Do pvecdp and the daemon have the same version?' })
       yield event
     }
   }

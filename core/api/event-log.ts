@@ -27,7 +27,14 @@ export class EventLog {
   }
 
   append(input: EventInput): ApiEvent {
-    const event: ApiEvent = { seq: this.#nextSeq++, atUnixMs: this.#nowUnixMs(), level: input.level, kind: input.kind, message: input.message, context: input.context ?? {} }
+    const event: ApiEvent = {
+      seq: this.#nextSeq++,
+      atUnixMs: this.#nowUnixMs(),
+      level: input.level,
+      kind: input.kind,
+      message: input.message,
+      context: input.context ?? {},
+    }
     if (this.#ring.length === this.#capacity) this.#ring[(event.seq - 1) % this.#capacity] = event
     else this.#ring.push(event)
     for (const follower of this.#followers) follower(event)

@@ -99,10 +99,16 @@ const setUpErrors = (app: FastifyInstance, log: Logger): void => {
     // What fastify itself refuses: no JSON, too large, a foreign content type.
     const failure = error instanceof CdpError || status < 400 || status > 499 ? toCdpError(error) : new CdpError('BAD_INPUT', errorMessage(error))
     if (failure.code === 'INTERNAL') log.error('request failed', { method: request.method, path: request.routeOptions.url, error })
-    else if (log.enabled('debug')) log.debug('request refused', { method: request.method, path: request.routeOptions.url, code: failure.code, message: failure.message })
+    else if (log.enabled('debug'))
+      log.debug('request refused', { method: request.method, path: request.routeOptions.url, code: failure.code, message: failure.message })
     return send(reply, failure)
   })
-  app.setNotFoundHandler((request, reply) => send(reply, new CdpError('NOT_FOUND', `there is no ${request.method} ${request.url.split('?')[0]}`, { hint: 'Do client and daemon have the same version?' })))
+  app.setNotFoundHandler((request, reply) =>
+    send(
+      reply,
+      new CdpError('NOT_FOUND', `there is no ${request.method} ${request.url.split('?')[0]}`, { hint: 'Do client and daemon have the same version?' }),
+    ),
+  )
 }
 
 const listen = async (app: FastifyInstance, socketPath: string): Promise<void> => {
@@ -134,8 +140,10 @@ const prepareSocket = async (socketPath: string): Promise<void> => {
     throw error
   })
   if (there === undefined) return
-  if (!there.isSocket()) throw new CdpError('CONFLICT', `${socketPath} exists and is no socket`, { hint: 'Move it away, or configure another socket.', context })
-  if (await answers(socketPath)) throw new CdpError('CONFLICT', `another daemon answers on ${socketPath}`, { hint: 'Stop it first, or configure another socket.', context })
+  if (!there.isSocket())
+    throw new CdpError('CONFLICT', `${socketPath} exists and is no socket`, { hint: 'Move it away, or configure another socket.', context })
+  if (await answers(socketPath))
+    throw new CdpError('CONFLICT', `another daemon answers on ${socketPath}`, { hint: 'Stop it first, or configure another socket.', context })
   await rm(socketPath, { force: true })
 }
 

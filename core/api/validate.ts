@@ -8,7 +8,8 @@ import { CdpError } from '../errors/index.ts'
  */
 export const checkRequest = (schema: TSchema | undefined, value: unknown, part: 'path' | 'query' | 'body'): unknown => {
   if (schema === undefined) {
-    if (value !== undefined && value !== null && (typeof value !== 'object' || Object.keys(value).length > 0)) throw new CdpError('BAD_INPUT', `this operation takes no ${part}`)
+    if (value !== undefined && value !== null && (typeof value !== 'object' || Object.keys(value).length > 0))
+      throw new CdpError('BAD_INPUT', `this operation takes no ${part}`)
     return undefined
   }
   const given = part === 'body' ? value : Value.Convert(schema, { ...(value as object) })

@@ -49,7 +49,8 @@ export const openTls = async (options: OpenTlsOptions): Promise<TLSSocket> => {
   socket.once('secureConnect', onSecure).once('error', onError).once('close', onClose)
   try {
     await promise
-    if (socket.alpnProtocol !== alpn) throw new CdpError('STREAM_PROTOCOL', `${host} port ${port} does not speak ${alpn}`, { hint: 'Is this the port of a pve-cdp agent?', context })
+    if (socket.alpnProtocol !== alpn)
+      throw new CdpError('STREAM_PROTOCOL', `${host} port ${port} does not speak ${alpn}`, { hint: 'Is this the port of a pve-cdp agent?', context })
     return socket.setNoDelay(true).setKeepAlive(true, keepAliveDelayMs)
   } catch (error) {
     // The destroyed socket may still report an error of its own.
@@ -76,7 +77,11 @@ const explain = (error: Error, host: string, port: number): CdpError => {
     })
   }
   if (code.startsWith('ERR_SSL_') || code.startsWith('EPROTO')) {
-    return new CdpError('STREAM_PROTOCOL', `${host} port ${port} does not speak our TLS: ${errorMessage(error)}`, { cause: error, hint: 'Is this the port of a pve-cdp agent?', context })
+    return new CdpError('STREAM_PROTOCOL', `${host} port ${port} does not speak our TLS: ${errorMessage(error)}`, {
+      cause: error,
+      hint: 'Is this the port of a pve-cdp agent?',
+      context,
+    })
   }
   return new CdpError('UNAUTHORIZED', `the server at ${host} port ${port} is not trusted: ${errorMessage(error)}`, {
     cause: error,

@@ -18,9 +18,19 @@ let theirs: Authority
 let server: TlsIdentity
 let client: ClientTls
 
-const identity = async (authority: Authority, usage: 'server' | 'client', options: { nowUnixMs?: () => number; commonName?: string } = {}): Promise<TlsIdentity> => {
+const identity = async (
+  authority: Authority,
+  usage: 'server' | 'client',
+  options: { nowUnixMs?: () => number; commonName?: string } = {},
+): Promise<TlsIdentity> => {
   const keyPair = await createKeyPair()
-  const certificatePem = await issueCertificate(authority, { commonName: options.commonName ?? 'site-a', publicKeyPem: keyPair.publicKeyPem, usage, validForMs: dayMs, ...(options.nowUnixMs === undefined ? {} : { nowUnixMs: options.nowUnixMs }) })
+  const certificatePem = await issueCertificate(authority, {
+    commonName: options.commonName ?? 'site-a',
+    publicKeyPem: keyPair.publicKeyPem,
+    usage,
+    validForMs: dayMs,
+    ...(options.nowUnixMs === undefined ? {} : { nowUnixMs: options.nowUnixMs }),
+  })
   return { certificatePem, privateKeyPem: keyPair.privateKeyPem, authorityPem: authority.certificatePem }
 }
 
@@ -31,7 +41,13 @@ beforeAll(async () => {
   client = await identity(ours, 'client')
 })
 
-type Bench = { listener: SecureListener; lines: LogLine[]; nextStream: Promise<[TLSSocket, PeerIdentity]>; nextPair: Promise<TLSSocket>; nextRefusal: Promise<LogLine> }
+type Bench = {
+  listener: SecureListener
+  lines: LogLine[]
+  nextStream: Promise<[TLSSocket, PeerIdentity]>
+  nextPair: Promise<TLSSocket>
+  nextRefusal: Promise<LogLine>
+}
 const open: (() => Promise<void>)[] = []
 afterEach(async () => {
   for (const close of open.splice(0).reverse()) await close()
@@ -46,7 +62,15 @@ const bench = async (options: Partial<ListenOptions> = {}): Promise<Bench> => {
     lines.push(line)
     if (line.message === 'connection refused') refusal.resolve(line)
   })
-  const listener = await listenSecure({ host: '127.0.0.1', port: 0, tls: server, log, onStream: (socket, peer) => stream.resolve([socket, peer]), onPair: (socket) => pair.resolve(socket), ...options })
+  const listener = await listenSecure({
+    host: '127.0.0.1',
+    port: 0,
+    tls: server,
+    log,
+    onStream: (socket, peer) => stream.resolve([socket, peer]),
+    onPair: (socket) => pair.resolve(socket),
+    ...options,
+  })
   open.push(() => listener[Symbol.asyncDispose]())
   return { listener, lines, nextStream: stream.promise, nextPair: pair.promise, nextRefusal: refusal.promise }
 }
@@ -84,7 +108,11 @@ describe('listenSecure and connectSecure', () => {
 
   const strangers: [string, string, () => Promise<ClientTls>][] = [
     ['without a certificate', 'no-certificate', async () => ({ authorityPem: ours.certificatePem })],
-    ['with a certificate of another authority of the same name', 'wrong-authority', async () => ({ ...(await identity(theirs, 'client')), authorityPem: ours.certificatePem })],
+    [
+      'with a certificate of another authority of the same name',
+      'wrong-authority',
+      async () => ({ ...(await identity(theirs, 'client')), authorityPem: ours.certificatePem }),
+    ],
     ['with an expired certificate', 'expired', () => identity(ours, 'client', { nowUnixMs: () => Date.now() - 3 * dayMs })],
     ['with a certificate of the future', 'not-yet-valid', () => identity(ours, 'client', { nowUnixMs: () => Date.now() + 3 * dayMs })],
     ['with a server certificate', 'wrong-usage', () => identity(ours, 'server')],
@@ -105,7 +133,11 @@ describe('listenSecure and connectSecure', () => {
   })
 
   test('the client refuses a server of another authority, an expired one and one with a client certificate, before it says anything', async () => {
-    for (const tls of [await identity(theirs, 'server'), await identity(ours, 'server', { nowUnixMs: () => Date.now() - 3 * dayMs }), await identity(ours, 'client')]) {
+    for (const tls of [
+      await identity(theirs, 'server'),
+      await identity(ours, 'server', { nowUnixMs: () => Date.now() - 3 * dayMs }),
+      await identity(ours, 'client'),
+    ]) {
       const { listener } = await bench({ tls })
       await expect(dial(listener, client)).rejects.toMatchObject({ code: 'UNAUTHORIZED' })
       expect(listener.counters().open).toBe(0)
@@ -134,14 +166,21 @@ describe('listenSecure and connectSecure', () => {
     const session = once(first, 'session')
     ;(await nextStream)[0].write('x')
     const [ticket] = (await session) as [Buffer]
-    const again = connectTls({ host: '127.0.0.1', port: listener.port, ca: ours.certificatePem, checkServerIdentity: () => undefined, ALPNProtocols: [streamProtocol], session: ticket })
+    const again = connectTls({
+      host: '127.0.0.1',
+      port: listener.port,
+      ca: ours.certificatePem,
+      checkServerIdentity: () => undefined,
+      ALPNProtocols: [streamProtocol],
+      session: ticket,
+    })
     again.on('error', () => undefined)
     await ended(again)
     expect((await nextRefusal).fields['reason']).toBe('session-resumed')
   })
 
   test('a silent client is cut off at the handshake deadline, and half-open connections are bounded', async () => {
-    const { listener, nextStream } = await bench({ handshakeDeadlineMs: 150, maxHalfOpen: 3 })
+    const { listener, nextStream } = await bench({ handshakeDeadlineMs: 1000, maxHalfOpen: 3 })
     const silent = Array.from({ length: 5 }, () => connectTcp(listener.port, '127.0.0.1'))
     await Promise.all(silent.map((socket) => ended(socket.on('error', () => undefined))))
     await dial(listener, client)
@@ -187,7 +226,10 @@ describe('listenSecure and connectSecure', () => {
   test('the chain for pairing ends in the authority', async () => {
     const { listener } = await bench()
     const chain = await readServerChain({ host: '127.0.0.1', port: listener.port })
-    expect(chain.map((certificate) => fingerprintSha256(certificate))).toEqual([fingerprintSha256(server.certificatePem), fingerprintSha256(ours.certificatePem)])
+    expect(chain.map((certificate) => fingerprintSha256(certificate))).toEqual([
+      fingerprintSha256(server.certificatePem),
+      fingerprintSha256(ours.certificatePem),
+    ])
   })
 })
 
@@ -195,7 +237,10 @@ describe('RefusalLog', () => {
   test('a flood is counted fully and logged at most 20 times in 10 s', () => {
     const lines: LogLine[] = []
     let nowMs = 0
-    const refusals = new RefusalLog<'expired'>(loggerTo('info', (line) => lines.push(line)), () => nowMs)
+    const refusals = new RefusalLog<'expired'>(
+      loggerTo('info', (line) => lines.push(line)),
+      () => nowMs,
+    )
     for (let index = 0; index < 1000; index += 1) refusals.refuse('expired', { address: '192.0.2.1', port: index })
     expect(lines).toHaveLength(20)
     nowMs = 10_001

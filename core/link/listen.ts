@@ -13,7 +13,8 @@ import { RefusalLog } from './refusal-log.ts'
 export type PeerIdentity = { siteId: string; fingerprintSha256: string; certificateEndsAtUnixMs: number; address: string; port: number }
 
 /** Why a connection was not handed over. `not-admitted`: the certificate is genuine, but `admit` said no (replaced by a re-pairing). */
-export type Refusal = Distrust | 'not-verified' | 'not-admitted' | 'unknown-protocol' | 'handshake-failed' | 'handshake-timeout' | 'session-resumed' | 'too-many-half-open'
+export type Refusal =
+  Distrust | 'not-verified' | 'not-admitted' | 'unknown-protocol' | 'handshake-failed' | 'handshake-timeout' | 'session-resumed' | 'too-many-half-open'
 
 export type LinkCounters = { accepted: number; halfOpen: number; open: number; refused: Partial<Record<Refusal, number>> }
 
@@ -80,7 +81,11 @@ export const listenSecure = async (options: ListenOptions): Promise<SecureListen
 
   secure.on('tlsClientError', (error, socket) => {
     const timedOut = errorCode(error) === 'ERR_TLS_HANDSHAKE_TIMEOUT'
-    refusals.refuse(timedOut ? 'handshake-timeout' : 'handshake-failed', { address: socket.remoteAddress, port: socket.remotePort, detail: errorMessage(error).slice(0, 200) })
+    refusals.refuse(timedOut ? 'handshake-timeout' : 'handshake-failed', {
+      address: socket.remoteAddress,
+      port: socket.remotePort,
+      detail: errorMessage(error).slice(0, 200),
+    })
     socket.destroy()
   })
   secure.on('secureConnection', (socket) => {
@@ -89,7 +94,11 @@ export const listenSecure = async (options: ListenOptions): Promise<SecureListen
     socket.on('error', (error) => log.debug('connection broke', { address: socket.remoteAddress, error }))
     const outcome = admission(socket, { ...options, tls })
     if ('refusal' in outcome) {
-      refusals.refuse(outcome.refusal, { address: socket.remoteAddress, port: socket.remotePort, ...(outcome.detail === undefined ? {} : { detail: outcome.detail }) })
+      refusals.refuse(outcome.refusal, {
+        address: socket.remoteAddress,
+        port: socket.remotePort,
+        ...(outcome.detail === undefined ? {} : { detail: outcome.detail }),
+      })
       socket.destroy()
       return
     }
@@ -107,7 +116,12 @@ export const listenSecure = async (options: ListenOptions): Promise<SecureListen
 
   await new Promise<void>((resolve, reject) => {
     tcp.once('error', (error) =>
-      reject(new CdpError('IO', `cannot listen on ${options.host} port ${options.port}: ${errorMessage(error)}`, { cause: error, hint: 'Choose another port or address, or stop what uses it.' })),
+      reject(
+        new CdpError('IO', `cannot listen on ${options.host} port ${options.port}: ${errorMessage(error)}`, {
+          cause: error,
+          hint: 'Choose another port or address, or stop what uses it.',
+        }),
+      ),
     )
     tcp.listen({ host: options.host, port: options.port }, resolve)
   })
@@ -148,7 +162,13 @@ const admission = (socket: TLSSocket, options: Pick<ListenOptions, 'tls' | 'admi
   if (!socket.authorized) return { refusal: 'not-verified', detail: String(socket.authorizationError) }
   const { remoteAddress, remotePort } = socket
   if (remoteAddress === undefined || remotePort === undefined) return { refusal: 'handshake-failed', detail: 'closed by the peer' }
-  const peer = { siteId: verdict.commonName, fingerprintSha256: verdict.fingerprintSha256, certificateEndsAtUnixMs: verdict.notAfterUnixMs, address: remoteAddress, port: remotePort }
+  const peer = {
+    siteId: verdict.commonName,
+    fingerprintSha256: verdict.fingerprintSha256,
+    certificateEndsAtUnixMs: verdict.notAfterUnixMs,
+    address: remoteAddress,
+    port: remotePort,
+  }
   const objection = options.admit?.(peer)
   return objection === undefined ? { peer } : { refusal: 'not-admitted', detail: objection }
 }

@@ -14,7 +14,11 @@ describe('log', () => {
   test('a level that is off builds nothing', () => {
     const { lines, log } = collect('info')
     expect(log.enabled('debug')).toBe(false)
-    log.debug('hidden', { get costly(): never { throw new Error('was built') } })
+    log.debug('hidden', {
+      get costly(): never {
+        throw new Error('was built')
+      },
+    })
     expect(lines).toHaveLength(0)
     log.warn('shown')
     expect(lines[0]?.message).toBe('shown')
@@ -23,7 +27,13 @@ describe('log', () => {
   test('secrets are taken out by key, nested, in errors and inside text', () => {
     const { lines, log } = collect('info')
     const error = new CdpError('PAIRING', 'refused cdp1.abcDEF_-1', { context: { secretHash: 'x', address: '::1' }, cause: new Error('password=ok') })
-    log.info('token cdp1.eyJhIjoxfQ used', { token: 't0p', nested: { privateKey: 'k', attempts: 3 }, list: [{ apiToken: 'z' }], error, pem: '-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----' })
+    log.info('token cdp1.eyJhIjoxfQ used', {
+      token: 't0p',
+      nested: { privateKey: 'k', attempts: 3 },
+      list: [{ apiToken: 'z' }],
+      error,
+      pem: '-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----',
+    })
     const printed = JSON.stringify(lines[0])
     for (const leaked of ['eyJhIjoxfQ', 't0p', '"k"', '"z"', 'abcDEF', 'AAAA', '"x"']) expect(printed).not.toContain(leaked)
     expect(printed).toContain('"attempts":3')
@@ -51,6 +61,8 @@ describe('log', () => {
     log.debug('not written')
     const [chunk] = (await stream.take(1).toArray()) as Buffer[]
     expect(JSON.parse(String(chunk))).toMatchObject({ level: 'info', message: 'listening', daemon: 'agent', port: 7402 })
-    expect(humanLine({ level: 'warn', atUnixMs: 0, message: 'two\nlines', fields: { a: 'b c', n: 1 } })).toBe('1970-01-01T00:00:00.000Z warn  two lines a="b c" n=1')
+    expect(humanLine({ level: 'warn', atUnixMs: 0, message: 'two\nlines', fields: { a: 'b c', n: 1 } })).toBe(
+      '1970-01-01T00:00:00.000Z warn  two lines a="b c" n=1',
+    )
   })
 })

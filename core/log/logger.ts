@@ -31,7 +31,12 @@ export const loggerTo = (level: LogLevel, sink: (line: LogLine) => void, options
   const own = options.fields
   const write = (lineLevel: LogLevel, message: string, fields: LogFields | undefined): void => {
     if (logLevels.indexOf(lineLevel) > threshold) return
-    sink({ level: lineLevel, atUnixMs: nowUnixMs(), message: redact.text(message), fields: redact.fields(own === undefined ? (fields ?? {}) : { ...own, ...fields }) })
+    sink({
+      level: lineLevel,
+      atUnixMs: nowUnixMs(),
+      message: redact.text(message),
+      fields: redact.fields(own === undefined ? (fields ?? {}) : { ...own, ...fields }),
+    })
   }
   return {
     enabled: (asked) => logLevels.indexOf(asked) <= threshold,
@@ -74,7 +79,11 @@ export const createDaemonLog = (options: DaemonLogOptions): Logger => {
     level: options.level,
     format: print,
     exitOnError: false,
-    transports: [options.stream === undefined ? new winston.transports.Console({ stderrLevels: [...logLevels], forceConsole: false }) : new winston.transports.Stream({ stream: options.stream, eol: '\n' })],
+    transports: [
+      options.stream === undefined
+        ? new winston.transports.Console({ stderrLevels: [...logLevels], forceConsole: false })
+        : new winston.transports.Stream({ stream: options.stream, eol: '\n' }),
+    ],
   })
   const render = options.format === 'json' ? jsonLine : humanLine
   return loggerTo(options.level, (line) => root.log(line.level, render(line)), options.fields === undefined ? {} : { fields: options.fields })
@@ -84,7 +93,9 @@ export const jsonLine = (line: LogLine): string =>
   JSON.stringify({ at: new Date(line.atUnixMs).toISOString(), level: line.level, message: line.message, ...line.fields })
 
 export const humanLine = (line: LogLine): string => {
-  const parts = Object.entries(line.fields).map(([key, value]) => `${key}=${typeof value === 'string' && /^[^\s"=]+$/.test(value) ? value : JSON.stringify(value)}`)
+  const parts = Object.entries(line.fields).map(
+    ([key, value]) => `${key}=${typeof value === 'string' && /^[^\s"=]+$/.test(value) ? value : JSON.stringify(value)}`,
+  )
   const message = line.message.replaceAll(/[\r\n]+/g, ' ')
   return `${new Date(line.atUnixMs).toISOString()} ${line.level.padEnd(5)} ${message}${parts.length === 0 ? '' : ` ${parts.join(' ')}`}`
 }

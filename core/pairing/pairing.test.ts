@@ -28,7 +28,17 @@ describe('token', () => {
 
   test('foreign, foreign-version and nonsensical tokens are refused', () => {
     const of = (content: unknown): string => `cdp1.${Buffer.from(JSON.stringify(content)).toString('base64url')}`
-    for (const text of ['hello', 'cdp2.abc', of(null), of([]), of({ ...token, port: 0 }), of({ ...token, host: 'a b' }), of({ ...token, more: 1 }), of({ ...token, secret: 'short' }), `cdp1.${'A'.repeat(5000)}`]) {
+    for (const text of [
+      'hello',
+      'cdp2.abc',
+      of(null),
+      of([]),
+      of({ ...token, port: 0 }),
+      of({ ...token, host: 'a b' }),
+      of({ ...token, more: 1 }),
+      of({ ...token, secret: 'short' }),
+      `cdp1.${'A'.repeat(5000)}`,
+    ]) {
       expect(() => parseToken(text)).toThrow(expect.objectContaining({ code: 'BAD_INPUT' }))
     }
     expect(() => formatToken({ ...token, host: '' })).toThrow(expect.objectContaining({ code: 'BAD_INPUT' }))

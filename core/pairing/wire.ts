@@ -20,7 +20,11 @@ export const sendMessage = (socket: Duplex, message: object): void => {
  * Reads one message and checks it against `schema`. Undefined if the peer closed without a byte.
  * Throws STREAM_PROTOCOL (not a message), CLOSED (cut off), TIMEOUT, ABORTED.
  */
-export const receiveMessage = async <S extends TSchema>(socket: Duplex, schema: S, options: { deadlineMs: number; signal?: AbortSignal }): Promise<Static<S> | undefined> => {
+export const receiveMessage = async <S extends TSchema>(
+  socket: Duplex,
+  schema: S,
+  options: { deadlineMs: number; signal?: AbortSignal },
+): Promise<Static<S> | undefined> => {
   const body = await receiveBody(socket, options)
   if (body === undefined) return undefined
   let message: unknown
@@ -30,7 +34,9 @@ export const receiveMessage = async <S extends TSchema>(socket: Duplex, schema: 
     throw new CdpError('STREAM_PROTOCOL', 'the peer sent a pairing message that is no JSON', { cause: error })
   }
   if (!Value.Check(schema, message)) {
-    throw new CdpError('STREAM_PROTOCOL', `the peer sent a pairing message that is not understood (${Value.Errors(schema, message).First()?.path ?? ''})`, { hint: 'Do both sites run the same version?' })
+    throw new CdpError('STREAM_PROTOCOL', `the peer sent a pairing message that is not understood (${Value.Errors(schema, message).First()?.path ?? ''})`, {
+      hint: 'Do both sites run the same version?',
+    })
   }
   return message
 }
@@ -51,10 +57,15 @@ const receiveBody = async (socket: Duplex, options: { deadlineMs: number; signal
     if (receivedBytes > headerBytes + bodyBytes) return reject(new CdpError('STREAM_PROTOCOL', 'the peer sent more than one pairing message'))
     if (receivedBytes === headerBytes + bodyBytes) resolve(received.subarray(headerBytes, receivedBytes))
   }
-  const onEnd = (): void => (receivedBytes === 0 ? resolve(undefined) : reject(new CdpError('CLOSED', 'the peer closed in the middle of a pairing message', { retry: true })))
+  const onEnd = (): void =>
+    receivedBytes === 0 ? resolve(undefined) : reject(new CdpError('CLOSED', 'the peer closed in the middle of a pairing message', { retry: true }))
   const onError = (error: Error): void => reject(new CdpError('CLOSED', `the connection broke: ${errorMessage(error)}`, { cause: error, retry: true }))
   const onAbort = (): void =>
-    reject(deadline.aborted ? new CdpError('TIMEOUT', `no pairing message within ${options.deadlineMs} ms`, { retry: true }) : new CdpError('ABORTED', 'the pairing was given up'))
+    reject(
+      deadline.aborted
+        ? new CdpError('TIMEOUT', `no pairing message within ${options.deadlineMs} ms`, { retry: true })
+        : new CdpError('ABORTED', 'the pairing was given up'),
+    )
   if (signal.aborted) onAbort()
   if (socket.destroyed) onEnd()
   signal.addEventListener('abort', onAbort, { once: true })

@@ -16,14 +16,17 @@ export const createKeyPair = async (): Promise<KeyPair> => {
   }
 }
 
-export const publicKeyOf = (privateKeyPem: string): string => createPublicKey(createPrivateKey(privateKeyPem)).export({ type: 'spki', format: 'pem' }).toString()
+export const publicKeyOf = (privateKeyPem: string): string =>
+  createPublicKey(createPrivateKey(privateKeyPem)).export({ type: 'spki', format: 'pem' }).toString()
 
 const nameShape = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/
 
 /** Site ids and host names, as they may stand in a certificate's CN. Throws BAD_INPUT. */
 export const checkCommonName = (commonName: string): string => {
   if (!nameShape.test(commonName)) {
-    throw new CdpError('BAD_INPUT', `"${commonName.slice(0, 80)}" cannot be the name in a certificate`, { hint: 'Use up to 64 letters, digits, dots, dashes and underscores.' })
+    throw new CdpError('BAD_INPUT', `"${commonName.slice(0, 80)}" cannot be the name in a certificate`, {
+      hint: 'Use up to 64 letters, digits, dots, dashes and underscores.',
+    })
   }
   return commonName
 }
@@ -44,7 +47,8 @@ export const createCsr = async (options: { commonName: string; keyPair: KeyPair 
 
 /** What a request asks for, after its signature was verified. Throws BAD_INPUT for anything but a well-formed P-256 request. */
 export const verifyCsr = async (csrPem: string): Promise<{ commonName: string; publicKeyPem: string }> => {
-  const refuse = (what: string, cause?: unknown): CdpError => new CdpError('BAD_INPUT', `the certificate signing request ${what}`, cause === undefined ? {} : { cause })
+  const refuse = (what: string, cause?: unknown): CdpError =>
+    new CdpError('BAD_INPUT', `the certificate signing request ${what}`, cause === undefined ? {} : { cause })
   if (csrPem.length > 8192) throw refuse('is longer than 8 KiB')
   const x509 = await loadX509()
   let commonName: string | undefined
@@ -70,6 +74,9 @@ export const importPublicKey = (publicKeyPem: string): Promise<webcrypto.CryptoK
   webcrypto.subtle.importKey('spki', createPublicKey(publicKeyPem).export({ type: 'spki', format: 'der' }), keyAlgorithm, true, ['verify'])
 
 const pem = (label: string, der: ArrayBuffer): string => {
-  const lines = Buffer.from(der).toString('base64').match(/.{1,64}/g) ?? []
+  const lines =
+    Buffer.from(der)
+      .toString('base64')
+      .match(/.{1,64}/g) ?? []
   return `-----BEGIN ${label}-----\n${lines.join('\n')}\n-----END ${label}-----\n`
 }

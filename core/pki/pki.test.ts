@@ -3,7 +3,17 @@ import { chmod, mkdtemp, readdir, rm, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals'
 import {
-  createAuthority, createCsr, createKeyPair, fingerprintSha256, issueCertificate, judgeCertificate, loadOrCreateAuthority, loadOrCreateServerIdentity, loadOrCreateSiteId, readPrivateFile, verifyCsr,
+  createAuthority,
+  createCsr,
+  createKeyPair,
+  fingerprintSha256,
+  issueCertificate,
+  judgeCertificate,
+  loadOrCreateAuthority,
+  loadOrCreateServerIdentity,
+  loadOrCreateSiteId,
+  readPrivateFile,
+  verifyCsr,
 } from './index.ts'
 import type { Authority } from './index.ts'
 
@@ -17,9 +27,20 @@ beforeAll(async () => {
 })
 afterAll(() => rm(root, { recursive: true, force: true }))
 
-const issue = async (usage: 'server' | 'client', options: { from?: Authority; nowUnixMs?: () => number; validForMs?: number } = {}): Promise<X509Certificate> => {
+const issue = async (
+  usage: 'server' | 'client',
+  options: { from?: Authority; nowUnixMs?: () => number; validForMs?: number } = {},
+): Promise<X509Certificate> => {
   const { publicKeyPem } = await createKeyPair()
-  return new X509Certificate(await issueCertificate(options.from ?? authority, { commonName: 'site-a', publicKeyPem, usage, validForMs: options.validForMs ?? dayMs, ...(options.nowUnixMs === undefined ? {} : { nowUnixMs: options.nowUnixMs }) }))
+  return new X509Certificate(
+    await issueCertificate(options.from ?? authority, {
+      commonName: 'site-a',
+      publicKeyPem,
+      usage,
+      validForMs: options.validForMs ?? dayMs,
+      ...(options.nowUnixMs === undefined ? {} : { nowUnixMs: options.nowUnixMs }),
+    }),
+  )
 }
 
 describe('authority and certificates', () => {
@@ -42,7 +63,8 @@ describe('authority and certificates', () => {
 
   test('another authority of the same name, an expired and a future certificate are told apart', async () => {
     const stranger = await createAuthority({ name: 'pve-cdp-test' })
-    const judge = (certificate: X509Certificate, nowUnixMs = Date.now()) => judgeCertificate(certificate, { authorityPem: authority.certificatePem, usage: 'client', nowUnixMs: () => nowUnixMs })
+    const judge = (certificate: X509Certificate, nowUnixMs = Date.now()) =>
+      judgeCertificate(certificate, { authorityPem: authority.certificatePem, usage: 'client', nowUnixMs: () => nowUnixMs })
     expect(judge(await issue('client', { from: stranger }))).toEqual({ ok: false, reason: 'wrong-authority' })
     const good = await issue('client')
     expect(judge(good, Date.now() + 2 * dayMs)).toEqual({ ok: false, reason: 'expired' })
@@ -59,7 +81,13 @@ describe('authority and certificates', () => {
     const keyPair = await createKeyPair()
     const csrPem = await createCsr({ commonName: 'site-b', keyPair })
     expect(await verifyCsr(csrPem)).toEqual({ commonName: 'site-b', publicKeyPem: keyPair.publicKeyPem })
-    const certificatePem = await issueCertificate(authority, { commonName: 'site-b', csrPem, usage: 'client', validForMs: dayMs, subjectAltNames: ['192.0.2.1', '2001:db8::1', 'node.example'] })
+    const certificatePem = await issueCertificate(authority, {
+      commonName: 'site-b',
+      csrPem,
+      usage: 'client',
+      validForMs: dayMs,
+      subjectAltNames: ['192.0.2.1', '2001:db8::1', 'node.example'],
+    })
     expect(new X509Certificate(certificatePem).subjectAltName).toBe('IP Address:192.0.2.1, IP Address:2001:DB8:0:0:0:0:0:1, DNS:node.example')
     await expect(issueCertificate(authority, { commonName: 'site-c', csrPem, usage: 'client', validForMs: dayMs })).rejects.toMatchObject({ code: 'BAD_INPUT' })
   })
@@ -69,7 +97,8 @@ describe('authority and certificates', () => {
     const der = Buffer.from(csrPem.replaceAll(/-----[^-]+-----|\s/g, ''), 'base64')
     der[der.indexOf('site-b')] = 'S'.charCodeAt(0)
     const altered = `-----BEGIN CERTIFICATE REQUEST-----\n${der.toString('base64')}\n-----END CERTIFICATE REQUEST-----\n`
-    for (const bad of [altered, csrPem.slice(0, 200), 'hello', '', 'x'.repeat(10_000)]) await expect(verifyCsr(bad)).rejects.toMatchObject({ code: 'BAD_INPUT' })
+    for (const bad of [altered, csrPem.slice(0, 200), 'hello', '', 'x'.repeat(10_000)])
+      await expect(verifyCsr(bad)).rejects.toMatchObject({ code: 'BAD_INPUT' })
   })
 
   test.each(['', 'a b', 'x/CN=admin', 'a,CN=b', 'é', 'x'.repeat(65)])('the name "%s" is refused', async (commonName) => {
@@ -98,7 +127,10 @@ describe('store', () => {
     const later = await loadOrCreateServerIdentity(directory, own, { commonName: 'one', nowUnixMs: () => Date.now() + 600 * dayMs })
     expect(later.certificatePem).not.toBe(first.certificatePem)
     const renamed = await loadOrCreateServerIdentity(directory, own, { commonName: 'two' })
-    expect(judgeCertificate(new X509Certificate(renamed.certificatePem), { authorityPem: own.certificatePem, usage: 'server' })).toMatchObject({ ok: true, commonName: 'two' })
+    expect(judgeCertificate(new X509Certificate(renamed.certificatePem), { authorityPem: own.certificatePem, usage: 'server' })).toMatchObject({
+      ok: true,
+      commonName: 'two',
+    })
     const moved = await loadOrCreateServerIdentity(directory, authority, { commonName: 'two' })
     expect(moved.authorityPem).toBe(authority.certificatePem)
     expect(judgeCertificate(new X509Certificate(moved.certificatePem), { authorityPem: authority.certificatePem, usage: 'server' }).ok).toBe(true)
@@ -120,6 +152,9 @@ describe('store', () => {
     const directory = join(root, 'd')
     await loadOrCreateAuthority(directory, { name: 'recovery' })
     await chmod(join(directory, 'authority.pem'), 0o640)
-    await expect(loadOrCreateAuthority(directory, { name: 'recovery' })).rejects.toMatchObject({ code: 'IO', message: expect.stringContaining('can be read by others') })
+    await expect(loadOrCreateAuthority(directory, { name: 'recovery' })).rejects.toMatchObject({
+      code: 'IO',
+      message: expect.stringContaining('can be read by others'),
+    })
   })
 })

@@ -37,7 +37,10 @@ export const writePrivateFile = async (path: string, text: string): Promise<void
 export const readPrivateFile = async (path: string): Promise<string | undefined> => {
   try {
     if (((await stat(path)).mode & 0o077) !== 0) {
-      throw new CdpError('IO', `${path} holds a secret but can be read by others`, { hint: `Find out who could read it, then: chmod 600 ${path}`, context: { path } })
+      throw new CdpError('IO', `${path} holds a secret but can be read by others`, {
+        hint: `Find out who could read it, then: chmod 600 ${path}`,
+        context: { path },
+      })
     }
     return await readFile(path, 'utf8')
   } catch (error) {

@@ -58,7 +58,10 @@ export const loadOrCreateSiteId = async (directory: string): Promise<string> => 
   const stored = (await readPrivateFile(path))?.trim()
   if (stored !== undefined) {
     if (/^[0-9a-f-]{36}$/.test(stored)) return stored
-    throw new CdpError('IO', `${path} does not hold a site id`, { hint: 'Restore the file from a backup, or remove it and pair the sites again.', context: { path } })
+    throw new CdpError('IO', `${path} does not hold a site id`, {
+      hint: 'Restore the file from a backup, or remove it and pair the sites again.',
+      context: { path },
+    })
   }
   const siteId = randomUUID()
   await writePrivateFile(path, `${siteId}\n`)
@@ -69,7 +72,11 @@ const parsePair = (path: string, text: string): Authority => {
   const privateKeyPem = block(text, 'PRIVATE KEY')
   const certificatePem = block(text, 'CERTIFICATE')
   const damaged = (why: string, cause?: unknown): CdpError =>
-    new CdpError('IO', `${path} is damaged: ${why}`, { hint: 'Restore the file from a backup. Without it, remove it and pair all sites again.', cause, context: { path } })
+    new CdpError('IO', `${path} is damaged: ${why}`, {
+      hint: 'Restore the file from a backup. Without it, remove it and pair all sites again.',
+      cause,
+      context: { path },
+    })
   if (privateKeyPem === undefined || certificatePem === undefined) throw damaged('it does not hold one key and one certificate')
   let matches: boolean
   try {

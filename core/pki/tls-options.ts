@@ -7,7 +7,9 @@ import { judgeCertificate } from './verify.ts'
 export type TlsIdentity = { certificatePem: string; privateKeyPem: string; authorityPem: string }
 
 /** A client that trusts one authority; without certificate and key it is anonymous (pairing). */
-export type ClientTls = { authorityPem: string } & ({ certificatePem: string; privateKeyPem: string } | { certificatePem?: undefined; privateKeyPem?: undefined })
+export type ClientTls = { authorityPem: string } & (
+  { certificatePem: string; privateKeyPem: string } | { certificatePem?: undefined; privateKeyPem?: undefined }
+)
 
 const versions = { minVersion: 'TLSv1.3', maxVersion: 'TLSv1.3' } as const
 

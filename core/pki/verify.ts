@@ -5,9 +5,7 @@ import type { CertificateUsage } from './authority.ts'
 /** Why a peer's certificate is not trusted. */
 export type Distrust = 'no-certificate' | 'wrong-authority' | 'expired' | 'not-yet-valid' | 'wrong-usage' | 'no-name'
 
-export type Verdict =
-  | { ok: true; commonName: string; fingerprintSha256: string; notAfterUnixMs: number }
-  | { ok: false; reason: Distrust }
+export type Verdict = { ok: true; commonName: string; fingerprintSha256: string; notAfterUnixMs: number } | { ok: false; reason: Distrust }
 
 /**
  * Judges a certificate by our own rules, beside what TLS has verified: signed directly by the pinned authority, valid now,
@@ -24,7 +22,8 @@ export const judgeCertificate = (
   const notAfterUnixMs = Math.min(certificate.validToDate.getTime(), authority.validToDate.getTime())
   if (atUnixMs > notAfterUnixMs) return { ok: false, reason: 'expired' }
   if (atUnixMs < certificate.validFromDate.getTime()) return { ok: false, reason: 'not-yet-valid' }
-  if (certificate.ca || !authority.ca || !((certificate.keyUsage as string[] | undefined) ?? []).includes(usageOids[expected.usage])) return { ok: false, reason: 'wrong-usage' }
+  if (certificate.ca || !authority.ca || !((certificate.keyUsage as string[] | undefined) ?? []).includes(usageOids[expected.usage]))
+    return { ok: false, reason: 'wrong-usage' }
   const names = certificate.subject.split('\n').filter((part) => part.startsWith('CN='))
   const commonName = names[0]?.slice('CN='.length)
   if (names.length !== 1 || commonName === undefined || commonName === '') return { ok: false, reason: 'no-name' }

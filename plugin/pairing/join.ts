@@ -45,8 +45,10 @@ export const joinSite = async (options: JoinOptions): Promise<Pairing> => {
     socket.destroy()
   }
   const context = { host: token.host, port: token.port }
-  if (answer === undefined) throw new CdpError('PAIRING', 'the agent closed the connection without an answer', { retry: true, hint: "See the agent's log, then try again.", context })
-  if (!answer.ok) throw new CdpError('PAIRING', `the agent refused the pairing: ${answer.message}`, { ...(answer.hint === undefined ? {} : { hint: answer.hint }), context })
+  if (answer === undefined)
+    throw new CdpError('PAIRING', 'the agent closed the connection without an answer', { retry: true, hint: "See the agent's log, then try again.", context })
+  if (!answer.ok)
+    throw new CdpError('PAIRING', `the agent refused the pairing: ${answer.message}`, { ...(answer.hint === undefined ? {} : { hint: answer.hint }), context })
 
   const certificate = readCertificate(answer.certificatePem)
   const verdict = judgeCertificate(certificate, { authorityPem, usage: 'client', nowUnixMs })

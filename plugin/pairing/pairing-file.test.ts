@@ -12,7 +12,15 @@ beforeAll(async () => {
   const authority = await createAuthority({ name: 'recovery' })
   const keyPair = await createKeyPair()
   const certificatePem = await issueCertificate(authority, { commonName: 'site-a', publicKeyPem: keyPair.publicKeyPem, usage: 'client', validForMs: 1000 })
-  pairing = { host: 'dr', port: 7402, siteId: 'site-a', agentSiteId: 'site-b', pairedAtUnixMs: 1, certificateEndsAtUnixMs: 2, tls: { certificatePem, privateKeyPem: keyPair.privateKeyPem, authorityPem: authority.certificatePem } }
+  pairing = {
+    host: 'dr',
+    port: 7402,
+    siteId: 'site-a',
+    agentSiteId: 'site-b',
+    pairedAtUnixMs: 1,
+    certificateEndsAtUnixMs: 2,
+    tls: { certificatePem, privateKeyPem: keyPair.privateKeyPem, authorityPem: authority.certificatePem },
+  }
 })
 afterAll(() => rm(root, { recursive: true, force: true }))
 
@@ -34,7 +42,13 @@ describe('pairing.json', () => {
     const path = join(directory, 'pairing.json')
     const text = await readFile(path, 'utf8')
     const { privateKeyPem } = await createKeyPair()
-    for (const damaged of ['', text.slice(0, -20), text.replace('"version":1', '"version":2'), text.replace('BEGIN CERTIFICATE', 'BEGIN RUBBISH'), text.replace(JSON.stringify(pairing.tls.privateKeyPem), JSON.stringify(privateKeyPem))]) {
+    for (const damaged of [
+      '',
+      text.slice(0, -20),
+      text.replace('"version":1', '"version":2'),
+      text.replace('BEGIN CERTIFICATE', 'BEGIN RUBBISH'),
+      text.replace(JSON.stringify(pairing.tls.privateKeyPem), JSON.stringify(privateKeyPem)),
+    ]) {
       await writeFile(path, damaged)
       await expect(loadPairing(directory)).rejects.toMatchObject({ code: 'IO' })
     }

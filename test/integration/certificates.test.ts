@@ -34,7 +34,13 @@ beforeAll(async () => {
     'stranger.pem': await issueCertificate(stranger, client),
     'expired.pem': await issueCertificate(authority, { ...client, nowUnixMs: () => Date.now() - 3 * 86_400_000 }),
     'server.key': serverKeys.privateKeyPem,
-    'server.pem': await issueCertificate(authority, { commonName: 'recovery', publicKeyPem: serverKeys.publicKeyPem, usage: 'server', validForMs: 86_400_000, subjectAltNames: ['127.0.0.1'] }),
+    'server.pem': await issueCertificate(authority, {
+      commonName: 'recovery',
+      publicKeyPem: serverKeys.publicKeyPem,
+      usage: 'server',
+      validForMs: 86_400_000,
+      subjectAltNames: ['127.0.0.1'],
+    }),
   }
   for (const [name, text] of Object.entries(files)) await writeFile(file(name), text, { mode: 0o600 })
 })
@@ -42,7 +48,8 @@ afterAll(() => rm(root, { recursive: true, force: true }))
 
 describe('openssl', () => {
   test('accepts the chain strictly, each certificate for its own purpose only', async () => {
-    const verify = (purpose: string, name: string): Promise<string> => openssl('verify', '-x509_strict', '-purpose', purpose, '-CAfile', file('ca.pem'), file(name))
+    const verify = (purpose: string, name: string): Promise<string> =>
+      openssl('verify', '-x509_strict', '-purpose', purpose, '-CAfile', file('ca.pem'), file(name))
     expect(await verify('sslserver', 'server.pem')).toContain('OK')
     expect(await verify('sslclient', 'client.pem')).toContain('OK')
     await expect(verify('sslclient', 'server.pem')).rejects.toMatchObject({ code: 2 })
@@ -67,8 +74,14 @@ describe('openssl s_client against our port', () => {
     const lines: LogLine[] = []
     const { readFile } = await import('node:fs/promises')
     await using listener = await listenSecure({
-      host: '127.0.0.1', port: 0, log: loggerTo('debug', (line) => lines.push(line)),
-      tls: { certificatePem: await readFile(file('server.pem'), 'utf8'), privateKeyPem: await readFile(file('server.key'), 'utf8'), authorityPem: await readFile(file('ca.pem'), 'utf8') },
+      host: '127.0.0.1',
+      port: 0,
+      log: loggerTo('debug', (line) => lines.push(line)),
+      tls: {
+        certificatePem: await readFile(file('server.pem'), 'utf8'),
+        privateKeyPem: await readFile(file('server.key'), 'utf8'),
+        authorityPem: await readFile(file('ca.pem'), 'utf8'),
+      },
       onStream: (socket, peer) => void socket.end(`welcome ${peer.siteId}\n`),
       onPair: (socket) => void socket.end('pairing\n'),
     })
@@ -88,7 +101,11 @@ describe('openssl s_client against our port', () => {
     expect(old.listener.counters().refused).toEqual({ 'handshake-failed': 1 })
   })
 
-  test.each([['no-certificate', []], ['wrong-authority', ['stranger.pem']], ['expired', ['expired.pem']]])('%s is refused and logged', async (reason, names) => {
+  test.each([
+    ['no-certificate', []],
+    ['wrong-authority', ['stranger.pem']],
+    ['expired', ['expired.pem']],
+  ])('%s is refused and logged', async (reason, names) => {
     const { output, listener, lines } = await attempt(['-alpn', streamProtocol, ...names.flatMap(certificate)])
     expect(output).not.toContain('welcome')
     expect(listener.counters()).toMatchObject({ accepted: 0, refused: { [reason]: 1 } })

@@ -24,9 +24,27 @@ beforeEach(async () => {
   const own = stack.use(await createPairingDesk({ authority, agentSiteId: await loadOrCreateSiteId(directory), directory, log }))
   desk = own
   const tls = await loadOrCreateServerIdentity(directory, authority, { commonName: 'recovery' })
-  const listener = stack.use(await listenSecure({ host: '127.0.0.1', port: 0, tls, log, admit: (peer) => own.sites.admit(peer), onPair: (socket) => own.handle(socket), onStream: (socket) => socket.destroy() }))
-  const createPairingToken = async ({ body }: { body: { host: string; port?: number } }): Promise<{ token: string; expiresAtUnixMs: number }> => own.createToken({ host: body.host, port: body.port ?? listener.port })
-  stack.use(await createApi({ socketPath: join(root, 'a.sock'), log, events: new EventLog(), routes: implement({ token: agentApi.createPairingToken }, { token: createPairingToken }) }))
+  const listener = stack.use(
+    await listenSecure({
+      host: '127.0.0.1',
+      port: 0,
+      tls,
+      log,
+      admit: (peer) => own.sites.admit(peer),
+      onPair: (socket) => own.handle(socket),
+      onStream: (socket) => socket.destroy(),
+    }),
+  )
+  const createPairingToken = async ({ body }: { body: { host: string; port?: number } }): Promise<{ token: string; expiresAtUnixMs: number }> =>
+    own.createToken({ host: body.host, port: body.port ?? listener.port })
+  stack.use(
+    await createApi({
+      socketPath: join(root, 'a.sock'),
+      log,
+      events: new EventLog(),
+      routes: implement({ token: agentApi.createPairingToken }, { token: createPairingToken }),
+    }),
+  )
   const pair = async ({ body, signal }: { body: { token: string }; signal: AbortSignal }) => {
     const pairing = await joinSite({ token: body.token, siteId: await loadOrCreateSiteId(join(root, 'plugin')), directory: join(root, 'plugin'), signal })
     return { siteId: pairing.siteId, agentSiteId: pairing.agentSiteId, address: `${pairing.host} port ${pairing.port}` }
@@ -35,8 +53,18 @@ beforeEach(async () => {
 })
 afterEach(() => stack.disposeAsync())
 
-const sh = async (command: string, input = '', onOut: (text: string, write: (text: string) => void) => void = () => undefined): Promise<{ code: number; out: string }> => {
-  const env = { ...process.env, NODE_OPTIONS: '', PVECDP: `${process.execPath} ${join(import.meta.dirname, '../../cli/main.ts')}`, PVECDP_PLUGIN_SOCKET: join(root, 'p.sock'), PVECDP_AGENT_SOCKET: join(root, 'a.sock') }
+const sh = async (
+  command: string,
+  input = '',
+  onOut: (text: string, write: (text: string) => void) => void = () => undefined,
+): Promise<{ code: number; out: string }> => {
+  const env = {
+    ...process.env,
+    NODE_OPTIONS: '',
+    PVECDP: `${process.execPath} ${join(import.meta.dirname, '../../cli/main.ts')}`,
+    PVECDP_PLUGIN_SOCKET: join(root, 'p.sock'),
+    PVECDP_AGENT_SOCKET: join(root, 'a.sock'),
+  }
   const child = spawn('bash', ['-o', 'pipefail', '-c', command], { env })
   let out = ''
   for (const stream of [child.stdout, child.stderr]) {

@@ -26,7 +26,14 @@ beforeEach(async () => {
 })
 afterEach(() => stack.disposeAsync())
 
-type Recovery = { desk: PairingDesk; listener: SecureListener; lines: LogLine[]; streams: AsyncIterator<[TLSSocket, PeerIdentity]>; refused: Promise<LogLine>; clock: { aheadMs: number } }
+type Recovery = {
+  desk: PairingDesk
+  listener: SecureListener
+  lines: LogLine[]
+  streams: AsyncIterator<[TLSSocket, PeerIdentity]>
+  refused: Promise<LogLine>
+  clock: { aheadMs: number }
+}
 const recoverySite = async (name = 'recovery'): Promise<Recovery> => {
   const directory = join(root, name)
   const lines: LogLine[] = []
@@ -37,7 +44,13 @@ const recoverySite = async (name = 'recovery'): Promise<Recovery> => {
   })
   const clock = { aheadMs: 0 }
   const authority = await loadOrCreateAuthority(directory, { name })
-  const desk = await createPairingDesk({ authority, agentSiteId: await loadOrCreateSiteId(directory), directory, log, nowUnixMs: () => Date.now() + clock.aheadMs })
+  const desk = await createPairingDesk({
+    authority,
+    agentSiteId: await loadOrCreateSiteId(directory),
+    directory,
+    log,
+    nowUnixMs: () => Date.now() + clock.aheadMs,
+  })
   stack.use(desk)
   const waiting: [TLSSocket, PeerIdentity][] = []
   let wake = Promise.withResolvers<void>()
@@ -68,7 +81,8 @@ const recoverySite = async (name = 'recovery'): Promise<Recovery> => {
 }
 const tokenOf = async ({ desk, listener }: Recovery, validForMs?: number): Promise<string> =>
   (await desk.createToken({ host: '127.0.0.1', port: listener.port, ...(validForMs === undefined ? {} : { validForMs }) })).token
-const join1 = async (token: string, name = 'protected'): Promise<Pairing> => joinSite({ token, siteId: await loadOrCreateSiteId(join(root, name)), directory: join(root, name), deadlineMs: 5000 })
+const join1 = async (token: string, name = 'protected'): Promise<Pairing> =>
+  joinSite({ token, siteId: await loadOrCreateSiteId(join(root, name)), directory: join(root, name), deadlineMs: 5000 })
 const stream = async (recovery: Recovery, pairing: Pairing): Promise<TLSSocket> => {
   const socket = await connectSecure({ host: pairing.host, port: pairing.port, tls: pairing.tls, alpn: streamProtocol })
   socket.on('error', () => undefined)
@@ -110,7 +124,10 @@ describe('pairing', () => {
     await recovery.listener[Symbol.asyncDispose]()
     const again = await recoverySite()
     const moved = { ...parseToken(token), port: again.listener.port }
-    await expect(join1(`cdp1.${Buffer.from(JSON.stringify(moved)).toString('base64url')}`, 'four')).rejects.toMatchObject({ code: 'PAIRING', message: expect.stringContaining('used already') })
+    await expect(join1(`cdp1.${Buffer.from(JSON.stringify(moved)).toString('base64url')}`, 'four')).rejects.toMatchObject({
+      code: 'PAIRING',
+      message: expect.stringContaining('used already'),
+    })
     expect(again.desk.sites.list()).toHaveLength(1)
   })
 
@@ -118,7 +135,11 @@ describe('pairing', () => {
     const recovery = await recoverySite()
     const token = await tokenOf(recovery)
     recovery.clock.aheadMs = 15 * 60_000 + 1
-    await expect(join1(token)).rejects.toMatchObject({ code: 'PAIRING', message: expect.stringContaining('expired'), hint: expect.stringContaining('pvecdp pair token') })
+    await expect(join1(token)).rejects.toMatchObject({
+      code: 'PAIRING',
+      message: expect.stringContaining('expired'),
+      hint: expect.stringContaining('pvecdp pair token'),
+    })
     expect(await loadPairing(join(root, 'protected'))).toBeUndefined()
   })
 
@@ -127,7 +148,10 @@ describe('pairing', () => {
     const token = await tokenOf(recovery)
     for (let tries = 0; tries < 10; tries += 1) {
       const guess = { ...parseToken(token), secret: Buffer.alloc(32, tries).toString('base64url') }
-      await expect(join1(`cdp1.${Buffer.from(JSON.stringify(guess)).toString('base64url')}`)).rejects.toMatchObject({ code: 'PAIRING', message: expect.stringContaining('does not know') })
+      await expect(join1(`cdp1.${Buffer.from(JSON.stringify(guess)).toString('base64url')}`)).rejects.toMatchObject({
+        code: 'PAIRING',
+        message: expect.stringContaining('does not know'),
+      })
     }
     await expect(join1(token)).rejects.toMatchObject({ code: 'PAIRING', message: expect.stringContaining('void') })
     expect(recovery.lines.filter((line) => line.message === 'pairing refused')).toHaveLength(11)
@@ -152,11 +176,17 @@ describe('pairing', () => {
     const genuine = (await loadOrCreateAuthority(join(root, 'recovery'), { name: 'recovery' })).certificatePem
     let heard = 0
     const mitm = await listenSecure({
-      host: '127.0.0.1', port: 0, tls: { ...leaf, authorityPem: genuine }, log: loggerTo('error', () => undefined), onStream: () => undefined,
+      host: '127.0.0.1',
+      port: 0,
+      tls: { ...leaf, authorityPem: genuine },
+      log: loggerTo('error', () => undefined),
+      onStream: () => undefined,
       onPair: (socket) => void socket.on('data', () => (heard += 1)).on('error', () => undefined),
     })
     stack.use(mitm)
-    await expect(join1(`cdp1.${Buffer.from(JSON.stringify({ ...parseToken(token), port: mitm.port })).toString('base64url')}`)).rejects.toMatchObject({ code: 'UNAUTHORIZED' })
+    await expect(join1(`cdp1.${Buffer.from(JSON.stringify({ ...parseToken(token), port: mitm.port })).toString('base64url')}`)).rejects.toMatchObject({
+      code: 'UNAUTHORIZED',
+    })
     expect(heard).toBe(0)
   })
 
@@ -173,11 +203,16 @@ describe('pairing', () => {
         else near.write(chunk)
       })
       near.on('data', (chunk) => far.write(chunk))
-      for (const [one, other] of [[near, far], [far, near]] as const) one.on('error', () => undefined).on('close', () => other.destroy())
+      for (const [one, other] of [
+        [near, far],
+        [far, near],
+      ] as const)
+        one.on('error', () => undefined).on('close', () => other.destroy())
     }).listen(0, '127.0.0.1')
     await once(relay, 'listening')
     stack.defer(() => void relay.close())
-    const through = (text: string): string => `cdp1.${Buffer.from(JSON.stringify({ ...parseToken(text), port: (relay.address() as AddressInfo).port })).toString('base64url')}`
+    const through = (text: string): string =>
+      `cdp1.${Buffer.from(JSON.stringify({ ...parseToken(text), port: (relay.address() as AddressInfo).port })).toString('base64url')}`
     await join1(through(token))
     const before = await loadPairing(join(root, 'protected'))
     allowedBytes = 2500

@@ -95,7 +95,9 @@ export const agentApi = {
     body: Request({
       vpg: VpgName,
       /** An id, "latest", "latest-tagged", or the newest one not after a time. All but an id take only what is valid or proved. */
-      checkpoint: Type.Union([CheckpointId, Request({ atUnixMs: UnixMs })], { description: 'expected a checkpoint id, "latest", "latest-tagged" or {"atUnixMs": time}' }),
+      checkpoint: Type.Union([CheckpointId, Request({ atUnixMs: UnixMs })], {
+        description: 'expected a checkpoint id, "latest", "latest-tagged" or {"atUnixMs": time}',
+      }),
     }),
     answer: RecoveryPoint,
   },

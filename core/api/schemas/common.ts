@@ -6,7 +6,10 @@ export const Request = <T extends TProperties>(properties: T) => Type.Object(pro
 
 export const NoContent = Type.Object({})
 
-export const VpgName = Type.String({ pattern: '^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$', description: 'expected a name of up to 63 letters, digits, dots, dashes and underscores' })
+export const VpgName = Type.String({
+  pattern: '^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$',
+  description: 'expected a name of up to 63 letters, digits, dots, dashes and underscores',
+})
 export const VmId = Type.Integer({ minimum: 100, maximum: 999_999_999, description: 'expected a VM id: a number from 100 to 999999999' })
 export const CheckpointId = Type.String({ pattern: '^[A-Za-z0-9._-]{1,64}$', description: 'expected a checkpoint id' })
 export const UnixMs = Type.Integer({ minimum: 0, maximum: 8_640_000_000_000_000, description: 'expected a time in milliseconds since 1970' })
