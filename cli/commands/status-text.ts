@@ -68,7 +68,7 @@ const pluginVpgText = (vpg: VpgStatus, paint: Painter, nowUnixMs: number): strin
     printable(vm.reason),
   ])
   const syncs = vpg.vms.flatMap((vm) => (vm.sync === undefined ? [] : [`  VM ${vm.vmId}: ${syncText(vm.sync)}\n`]))
-  return `${head.join('\n')}\n${formatTable(columns, rows, paint, '  ')}${syncs.join('')}`
+  return `${head.join('\n')}\n${rows.length === 0 ? '' : formatTable(columns, rows, paint, '  ')}${syncs.join('')}`
 }
 
 /** "initial sync, 12 GiB of 32 GiB (38 %), 120 MiB/s, about 2 min 50 s left". */
