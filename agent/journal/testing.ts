@@ -3,7 +3,7 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { silentLogger } from '../../core/log/index.ts'
-import { FLAG_DIRECT, FrameBuilder, RecordKind } from '../../core/record/index.ts'
+import { alignToSector, FLAG_DIRECT, FrameBuilder, RecordKind } from '../../core/record/index.ts'
 import type { Compressor, DiskEntry } from '../../core/record/index.ts'
 import { VmStore } from './index.ts'
 import type { SegmentSealer, VmStoreOptions } from './index.ts'
@@ -22,7 +22,8 @@ export type RecordSpec = { kind: RecordKind; disk?: number; offsetBytes?: number
 export type FrameSpec = { firstSeq: number; epoch?: number; atUnixMs?: number; direct?: boolean; records: RecordSpec[]; compress?: Compressor }
 
 export const buildFrame = ({ firstSeq, epoch = 1, atUnixMs = 1_700_000_000_000 + firstSeq, direct = false, records, compress }: FrameSpec): Buffer => {
-  const builder = new FrameBuilder(Buffer.alloc(4 * 1024 * 1024), Math.max(1, records.length))
+  const needed = records.reduce((sum, { lengthBytes = 4096, data, json }) => sum + alignToSector(json === undefined ? (data?.length ?? lengthBytes) : Buffer.byteLength(JSON.stringify(json))), 0)
+  const builder = new FrameBuilder(Buffer.alloc(Math.min(needed, 4 * 1024 * 1024)), Math.max(1, records.length))
   for (const { kind, disk = 0, offsetBytes = 0, lengthBytes = 4096, fill = 0, data, json } of records) {
     if (json !== undefined) {
       builder.addJson(kind, offsetBytes, JSON.stringify(json))

@@ -4,12 +4,10 @@ import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { afterAll, expect, test } from '@jest/globals'
-import { SegmentSealer } from '../../agent/journal/index.ts'
-import type { VmStore } from '../../agent/journal/index.ts'
+import { SegmentSealer, VmStore } from '../../agent/journal/index.ts'
 import { seededRandom, temporaryDirectory } from '../../agent/journal/testing.ts'
 import { silentLogger } from '../../core/log/index.ts'
 import { BASE_END, dataAt, RECORD_BYTES, SLOTS } from './journal-stream.ts'
-import { VmStore as Store } from '../../agent/journal/index.ts'
 
 const sealer = new SegmentSealer()
 afterAll(() => sealer[Symbol.asyncDispose]())
@@ -72,7 +70,7 @@ test(`${KILLS} times SIGKILL while appending: all that was acknowledged is there
   let sealingKills = 0
   for (let kill = 0; kill < KILLS; kill++) {
     const acknowledged = await writeUntilKilled(directory.path, 1 + Math.floor(random() * (kill < 4 ? 2 : 25)), Math.floor(random() * 8))
-    await using store = await Store.open({ directory: directory.path, vm: 'kill', log: silentLogger, clock: { nowUnixMs: Date.now }, sealer, limits: { segmentRecords: 50 } })
+    await using store = await VmStore.open({ directory: directory.path, vm: 'kill', log: silentLogger, clock: { nowUnixMs: Date.now }, sealer, limits: { segmentRecords: 50 } })
     expect(store.durableSeq).toBeGreaterThanOrEqual(acknowledged)
     expect(store.damage()).toEqual([])
     if (!store.baseComplete) {
