@@ -1,0 +1,67 @@
+import { setTimeout as delay } from 'node:timers/promises'
+import type { CutBracket, WriteHistory } from '../../agent/proof/index.ts'
+import { pluginApi } from '../../core/api/index.ts'
+import { CdpError } from '../../core/errors/index.ts'
+import type { Sites } from '../lab/sites.ts'
+import { Random } from '../kit/random.ts'
+import { VPG } from './rig.ts'
+
+/** Asks the plugin for tagged checkpoints at random moments, one or several at once, and remembers what was acknowledged around each. */
+export class Cutter {
+  /** Checkpoint id -> what is known of its moment. */
+  readonly brackets = new Map<string, CutBracket>()
+  /** Requests that the plugin abandoned or refused for the moment. */
+  refused = 0
+  readonly #sites: Sites
+  readonly #history: WriteHistory
+  readonly #random: Random
+  readonly #ending = new AbortController()
+  #running: Promise<void> = Promise.resolve()
+
+  private constructor(sites: Sites, history: WriteHistory, seed: number) {
+    this.#sites = sites
+    this.#history = history
+    this.#random = new Random(seed)
+  }
+
+  /** Cuts until stopped. `meanPauseMs` lies between two requests, or bursts of up to three, on average. */
+  static start(options: { sites: Sites; history: WriteHistory; seed: number; meanPauseMs: number }): Cutter {
+    const cutter = new Cutter(options.sites, options.history, options.seed)
+    cutter.#running = cutter.#run(options.meanPauseMs)
+    cutter.#running.catch(() => undefined)
+    return cutter
+  }
+
+  /** @throws what went wrong, unless it was an abandoned cut */
+  async stop(): Promise<void> {
+    this.#ending.abort()
+    await this.#running
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#ending.abort()
+    await this.#running.catch(() => undefined)
+  }
+
+  async #run(meanPauseMs: number): Promise<void> {
+    const random = this.#random
+    const { signal } = this.#ending
+    while (!signal.aborted) {
+      const burst = random.chance(0.2) ? random.int(2, 4) : 1
+      await Promise.all(Array.from({ length: burst }, () => this.#cut()))
+      const pauseMs = -Math.log(1 - random.u32() / 0x1_0000_0000) * meanPauseMs
+      await delay(pauseMs, undefined, { signal }).catch(() => undefined)
+    }
+  }
+
+  async #cut(): Promise<void> {
+    const ackedBefore = this.#history.knowledge.slice()
+    try {
+      const { checkpointId } = await this.#sites.plugin.api.call(pluginApi.tagCheckpoint, { params: { name: VPG }, body: { tag: 'proof' } })
+      this.brackets.set(checkpointId, { ackedBefore, submittedAfter: this.#history.submitted.slice() })
+    } catch (error) {
+      if (!(error instanceof CdpError) || error.code !== 'CONFLICT') throw error
+      this.refused++
+    }
+  }
+}

@@ -1,0 +1,92 @@
+import { randomInt } from 'node:crypto'
+import { WriteHistory } from '../../agent/proof/index.ts'
+import { CdpError } from '../../core/errors/index.ts'
+import { makeTempDir } from '../lab/index.ts'
+import { Cutter } from './cutter.ts'
+import { Inspector } from './inspector.ts'
+import { Load, WRITER_COUNT } from './load.ts'
+import { Rig, REGION_SECTORS, VPG } from './rig.ts'
+import { RpoWatch } from './rpo-watch.ts'
+
+export type ProofOptions = {
+  checkpoints: number
+  seed: number
+  writesPerSec: number
+  /** Mean time between two requests for a tagged checkpoint. */
+  meanPauseMs: number
+  /** The newest valid checkpoint may never be older. */
+  rpoLimitMs: number
+  say: (line: string) => void
+}
+
+export type ProofResult = {
+  ok: boolean
+  checkpoints: number
+  violations: number
+  /** Cuts that were begun and given up, or refused for the moment: no violation while the RPO holds. */
+  abandoned: number
+  seed: number
+  /** Checkpoints whose moment was known from both sides, see CutBracket. */
+  bracketed: number
+  tornUnderWay: number
+  writes: number
+  writtenMiB: number
+  maxRpoMs: number
+  rpoHeld: boolean
+  slowestWriteMs: number
+  seconds: number
+}
+
+/** What a run leaves for an examination of its files, before it is all removed: both daemons have been stopped. */
+export type ProofRemains = { rig: Rig; history: WriteHistory; inspector: Inspector }
+
+/**
+ * The write-order proof on the real thing: two VMs in both shapes with two disks each, writers over all of them, both daemons, checkpoints at
+ * random moments, each opened in the agent and judged. The load begins before the initial sync and goes on until the last checkpoint is judged.
+ * @param afterwards called with the files still there
+ */
+export const runProof = async (options: ProofOptions, afterwards?: (remains: ProofRemains) => Promise<void>): Promise<ProofResult> => {
+  const { checkpoints, seed, say } = options
+  const startedAtMs = performance.now()
+  const sinceStart = (): string => `${((performance.now() - startedAtMs) / 1000).toFixed(1)} s`
+  await using dir = makeTempDir()
+  await using rig = await Rig.start(dir.path)
+  const { sites, disks } = rig
+  say(`${sinceStart()}: two VMs and both sites are up, seed ${seed}`)
+  const history = new WriteHistory({ runId: randomInt(1, 2 ** 32), writerCount: WRITER_COUNT, sectorsOfDisks: disks.map(() => REGION_SECTORS) })
+  await using load = await Load.start({ history, disks, seed, writesPerSec: options.writesPerSec })
+  await sites.createVpg(VPG, [...rig.vmIds], 1000)
+  await sites.untilProtected(VPG, 60_000)
+  say(`${sinceStart()}: protected under load, ${history.count} writes so far`)
+
+  await using rpo = RpoWatch.start(sites, VPG)
+  await using cutter = Cutter.start({ sites, history, seed: seed + 1000, meanPauseMs: options.meanPauseMs })
+  const inspector = new Inspector({ sites, history, disks, brackets: cutter.brackets, say })
+  let saidAtMs = performance.now()
+  await inspector.run(checkpoints, 60_000, () => {
+    load.check()
+    if (performance.now() - saidAtMs < 2000) return
+    saidAtMs = performance.now()
+    const { totals } = inspector
+    say(`${sinceStart()}: ${totals.checkpoints} checkpoints judged, ${totals.violations} violations, ${history.count} writes, ${rpo.describe()}`)
+  })
+  await cutter.stop()
+  await rpo.stop()
+  await load.stop()
+  const status = (await sites.pluginStatus()).vpgs.find(({ name }) => name === VPG)
+  if (status === undefined) throw new CdpError('INTERNAL', 'the group is gone')
+  const { totals } = inspector
+  const rpoHeld = rpo.maxMs <= options.rpoLimitMs
+  const result: ProofResult = {
+    ok: totals.violations === 0 && rpoHeld && totals.checkpoints >= checkpoints && totals.bracketed > 0,
+    checkpoints: totals.checkpoints, violations: totals.violations, abandoned: Math.max(status.abandonedCuts, cutter.refused), seed,
+    bracketed: totals.bracketed, tornUnderWay: totals.tornUnderWay, writes: history.count, writtenMiB: Math.round(load.figures.writtenBytes / (1 << 20)),
+    maxRpoMs: Math.round(rpo.maxMs), rpoHeld, slowestWriteMs: Math.round(load.figures.slowestMs), seconds: 0,
+  }
+  if (afterwards !== undefined) {
+    await sites.plugin.stop()
+    await sites.agent.stop()
+    await afterwards({ rig, history, inspector })
+  }
+  return { ...result, seconds: Math.round((performance.now() - startedAtMs) / 1000) }
+}
