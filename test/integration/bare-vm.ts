@@ -1,14 +1,16 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdtemp, open, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, open, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { withQmp } from '../../core/qmp/index.ts'
 import type { QmpClient } from '../../core/qmp/index.ts'
+import { proxmoxCommandLine } from '../lab/index.ts'
+import type { VmShape } from '../lab/index.ts'
 
 // A QEMU without an operating system, started with the command line that Proxmox VE uses, in both shapes. Load comes in through
 // a writable NBD export of a drive's root node (`openWriteDoor`): writes pass whatever sits on that root, our mirror included.
 
-export type VmShape = '8.4' | '9.x'
+export type { VmShape } from '../lab/index.ts'
 export type BareDisk = { key: string; path: string; sizeBytes: number }
 export type BareVm = {
   shape: VmShape
@@ -35,42 +37,32 @@ export type BareVmOptions = {
   extraArgs?: readonly string[]
 }
 
-const legacyDisk = ({ key, path }: BareDisk): string[] =>
-  ['-drive', `file=${path},if=none,id=drive-${key},format=raw,cache=none,aio=io_uring,detect-zeroes=on`]
-
-const blockdevDisk = ({ key, path }: BareDisk, number: number): string[] => {
-  const cache = { direct: true, 'no-flush': false }
-  const leaf = { driver: 'file', filename: path, aio: 'io_uring', cache, 'detect-zeroes': 'on', discard: 'ignore', 'node-name': `e${String(number).padStart(30, 'c')}`, 'read-only': false }
-  const format = { driver: 'raw', file: leaf, cache, 'detect-zeroes': 'on', discard: 'ignore', 'node-name': `f${String(number).padStart(30, 'c')}`, 'read-only': false }
-  const throttle = { driver: 'throttle', 'node-name': `drive-${key}`, 'throttle-group': `throttle-drive-${key}`, file: format }
-  return ['-object', `throttle-group,id=throttle-drive-${key}`, '-blockdev', JSON.stringify(throttle)]
-}
-
-const deviceArgs = (key: string, number: number, bus: 'scsi' | 'virtio'): string[] => {
-  const iothread = bus === 'scsi' ? `iothread-virtioscsi${number}` : `iothread-${key}`
-  const object = ['-object', `iothread,id=${iothread}`]
-  if (bus === 'virtio') return [...object, '-device', `virtio-blk-pci,drive=drive-${key},id=${key},iothread=${iothread},share-rw=on,write-cache=on,bootindex=${100 + number}`]
-  return [...object, '-device', `virtio-scsi-pci,id=virtioscsi${number},iothread=${iothread}`,
-    '-device', `scsi-hd,bus=virtioscsi${number}.0,channel=0,scsi-id=0,lun=${number},drive=drive-${key},id=${key},share-rw=on,write-cache=on,bootindex=${100 + number}`]
-}
-
+/** The iothread that Proxmox gives the disk. */
 export const ioThreadOf = (key: string): string => (key.startsWith('scsi') ? `iothread-virtioscsi${key.slice(4)}` : `iothread-${key}`)
+
+const vmId = 100
+
+const layOut = async (dir: string): Promise<{ qmpPath: string }> => {
+  await mkdir(join(dir, 'var/run/qemu-server'), { recursive: true })
+  return { qmpPath: join(dir, `var/run/qemu-server/${vmId}.qmp`) }
+}
 
 /** Starts QEMU and waits until it serves QMP. Everything it made is gone after disposal. */
 export const startBareVm = async (options: BareVmOptions): Promise<BareVm> => {
   const { shape, diskCount = 1, bus = 'scsi', sizeBytes = 64 * 1024 * 1024 } = options
   const dir = await mkdtemp('/tmp/cdp-')
-  const qmpPath = join(dir, 'qmp')
+  const { qmpPath } = await layOut(dir)
   const disks = Array.from({ length: diskCount }, (_, number) => ({ key: `${bus}${number}`, path: join(dir, `disk${number}.raw`), sizeBytes }))
   for (const disk of disks) {
     await using file = await open(disk.path, 'w')
     await file.truncate(sizeBytes)
     if (options.bootSector && disk === disks[0]) await file.write(options.bootSector, 0, 512, 0)
   }
-  const args = ['-accel', 'tcg', '-machine', shape === '8.4' ? 'pc' : 'q35', '-m', '64', '-nodefaults', '-display', 'none',
-    '-chardev', `socket,id=qmp,path=${qmpPath},server=on,wait=off`, '-mon', 'chardev=qmp,mode=control',
-    ...disks.flatMap((disk, number) => [...(shape === '8.4' ? legacyDisk(disk) : blockdevDisk(disk, number)), ...deviceArgs(disk.key, number, bus)]),
-    '-drive', 'if=none,id=drive-ide2,media=cdrom', '-device', `ide-cd,bus=ide.1,unit=0,drive=drive-ide2,id=ide2`, ...(options.extraArgs ?? [])]
+  const vmDisks = disks.map(({ key, path }) => ({ key, path, format: 'raw' as const, shareRw: true }))
+  const args = proxmoxCommandLine({
+    rootDir: dir, vmId, shape, name: 'bare', uuid: '00000000-0000-4000-8000-000000000000', disks: vmDisks, memoryMiB: 64, agent: false,
+    args: ['-accel', 'tcg', '-drive', 'if=none,id=drive-ide2,media=cdrom', '-device', 'ide-cd,bus=ide.1,unit=0,drive=drive-ide2,id=ide2', ...(options.extraArgs ?? [])],
+  })
   const child = spawn('qemu-system-x86_64', args, { stdio: ['ignore', 'ignore', 'pipe'] })
   let stderr = ''
   child.stderr.setEncoding('utf8').on('data', (text: string) => (stderr += text))

@@ -1,4 +1,5 @@
 import { mkdir, open } from 'node:fs/promises'
+import { setTimeout as pause } from 'node:timers/promises'
 import type { Qmp } from '../../core/qmp/index.ts'
 import { attachCapture, discoverDisks } from '../../plugin/qemu/index.ts'
 import type { AttachedDisk } from '../../plugin/qemu/index.ts'
@@ -35,11 +36,12 @@ export const attachAll = (vm: BareVm, socketPath: string): Promise<AttachedDisk[
 
 /** Waits until one of our bitmaps has seen that much written: the load runs. */
 export const untilWritten = (vm: BareVm, wantedBytes: number): Promise<void> => vm.qmp(async (qmp) => {
-  const endsAtMs = performance.now() + 20_000
+  const endsAtMs = performance.now() + 60_000
   while (performance.now() < endsAtMs) {
     const nodes = (await qmp.execute('query-named-block-nodes', { flat: true })) as { 'dirty-bitmaps'?: { name?: string; count: number }[] }[]
     const dirty = nodes.flatMap((node) => node['dirty-bitmaps'] ?? []).filter((bitmap) => bitmap.name?.startsWith('cdp-bitmap-'))
     if (dirty.some((bitmap) => bitmap.count >= wantedBytes)) return
+    await pause(20)
   }
   throw new Error('the load does not reach the disk')
 })
