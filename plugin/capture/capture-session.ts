@@ -1,4 +1,5 @@
 import type { Duplex } from 'node:stream'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { CdpError, errorMessage, toCdpError } from '../../core/errors/index.ts'
 import { NbdClient } from '../../core/nbd/index.ts'
 import { RecordKind, adaptiveZstd } from '../../core/record/index.ts'
@@ -9,11 +10,11 @@ import { StreamSender } from '../replicate/index.ts'
 import { RaceGuard, SyncRun } from '../sync/index.ts'
 import { AckMeter } from './ack-meter.ts'
 import { MAX_WRITE_BYTES } from './connection.ts'
+import type { CapturedDisk } from './connection.ts'
 import { CutLog, GroupClock } from './group-clock.ts'
 import type { CaptureEvent, CaptureRequests, CaptureWorkerData } from './messages.ts'
 import { Recorder } from './recorder.ts'
 import { CaptureTarget } from './target.ts'
-import type { CapturedDisk } from './target.ts'
 
 const SMALL_SLAB_BYTES = 256 * 1024
 const RECONNECT_FIRST_MS = 250
@@ -21,6 +22,8 @@ const RECONNECT_MAX_MS = 10_000
 /** A sync leaves three quarters of the memory to the guest's own writes. */
 const SYNC_SHARE = 0.25
 const READS_IN_FLIGHT = 8
+/** With fewer acknowledgements in a second one hiccup would be the p99. */
+const MIN_ACKS_FOR_P99 = 200
 
 export type CaptureSessionOptions = Omit<CaptureWorkerData, 'agent' | 'heartbeat' | 'groupClock'> & {
   clock: GroupClock
@@ -113,6 +116,7 @@ export class CaptureSession implements AsyncDisposable {
   }
 
   async sync({ kind, reason, exportSocketPath, disks, rateBytesPerSec }: Ask<'sync'>): Answer<'sync'> {
+    this.#mustBeAttached()
     this.#stopSync('another sync begins')
     const abort = new AbortController()
     this.#sync = abort
@@ -173,13 +177,20 @@ export class CaptureSession implements AsyncDisposable {
     return {}
   }
 
-  async proof({ mark }: Ask<'proof'>): Answer<'proof'> {
-    if (this.#attached) this.#recorder.mark(RecordKind.proof, this.#recorder.lastSeq, mark)
+  async proof({ mark, upToSeq }: Ask<'proof'>): Answer<'proof'> {
+    if (this.#attached) this.#recorder.mark(RecordKind.proof, upToSeq ?? this.#recorder.lastSeq, mark)
     return {}
   }
 
   async captured(): Answer<'captured'> {
-    return Object.fromEntries(this.#disks.map(({ key, capturedBytes }) => [key, capturedBytes]))
+    return { seq: this.#recorder.lastSeq, bytes: Object.fromEntries(this.#disks.map(({ key, capturedBytes }) => [key, capturedBytes])) }
+  }
+
+  async restartCopy(): Answer<'restartCopy'> {
+    this.#mustBeAttached()
+    for (const { disk } of this.#disks) this.#recorder.range(RecordKind.syncProgress, disk, 0, 0)
+    this.#recorder.flush()
+    return { lastSeq: this.#recorder.lastSeq }
   }
 
   async letGo({ why }: Ask<'letGo'>): Answer<'letGo'> {
@@ -216,7 +227,8 @@ export class CaptureSession implements AsyncDisposable {
       },
     })
     const worstMs = Math.max(ack.maxUs / 1000, ack.count > 0 ? loopLateMs : 0)
-    if (this.#attached && (ack.p99Us / 1000 > slowAck.p99Ms || worstMs > slowAck.maxMs)) {
+    const p99Counts = ack.count >= MIN_ACKS_FOR_P99
+    if (this.#attached && ((p99Counts && ack.p99Us / 1000 > slowAck.p99Ms) || worstMs > slowAck.maxMs)) {
       this.#letGo(`capture slow: acknowledgements took p99 ${Math.round(ack.p99Us / 1000)} ms, at worst ${Math.round(worstMs)} ms`)
     }
   }
@@ -229,6 +241,11 @@ export class CaptureSession implements AsyncDisposable {
     await this.#target[Symbol.asyncDispose]()
     await this.#dropSender()
     this.#recorder.dispose()
+  }
+
+  /** @throws CdpError ABORTED: capture was let go in the meantime, and what a copy would miss is not captured */
+  #mustBeAttached(): void {
+    if (!this.#attached) throw new CdpError('ABORTED', 'capture was let go before the copy began', { retry: true })
   }
 
   #isConsistent(): boolean {
@@ -252,7 +269,7 @@ export class CaptureSession implements AsyncDisposable {
 
   #onFrame(): void {
     this.#sender?.pump()
-    if (this.#attached && this.#queue.heldBytes > this.#options.budgetBytes) {
+    if (this.#attached && this.#queue.heldBytes + this.#recorder.unsealedBytes > this.#options.budgetBytes) {
       this.#letGo(this.#linkUp ? 'the link is slower than the guest writes and the memory is full' : 'the link is down and the memory is full')
     }
   }
@@ -353,7 +370,7 @@ export class CaptureSession implements AsyncDisposable {
       if (rateBytesPerSec > 0) {
         const waitMs = nextMs - performance.now()
         nextMs = Math.max(nextMs, performance.now()) + (lengthBytes / rateBytesPerSec) * 1000
-        if (waitMs > 0) await new Promise((resolve) => setTimeout(resolve, waitMs))
+        if (waitMs > 0) await sleep(waitMs, undefined, { signal }).catch(() => undefined)
       }
       signal.throwIfAborted()
     }

@@ -5,7 +5,7 @@ import type { CaptureEvent, CaptureRequestName, CaptureRequests, CaptureWorkerDa
 
 export type CaptureWorkerOptions = Omit<CaptureWorkerData, 'heartbeat'> & {
   onEvent: (event: CaptureEvent) => void
-  /** The thread has ended: by dispose, by the watch over its heartbeat, or by a bug. */
+  /** The thread has ended after `start` had resolved: by dispose, by the watch over its heartbeat, or by a bug. */
   onExit: (why: string) => void
 }
 
@@ -31,9 +31,12 @@ export class CaptureWorker implements AsyncDisposable {
     const worker = new Worker(new URL(file, import.meta.url), { workerData, name: `capture-${data.vm}` })
     const handle = new CaptureWorker(worker, new Int32Array(heartbeat))
     const { promise, resolve, reject } = Promise.withResolvers<void>()
+    let listening = false
     worker.on('message', (message: FromWorker) => {
-      if ('listening' in message) resolve()
-      else if ('event' in message) onEvent(message.event)
+      if ('listening' in message) {
+        listening = true
+        resolve()
+      } else if ('event' in message) onEvent(message.event)
       else handle.#settle(message)
     })
     worker.on('error', (error: unknown) => {
@@ -45,7 +48,7 @@ export class CaptureWorker implements AsyncDisposable {
       reject(error)
       for (const { reject: rejectOne } of handle.#waiting.values()) rejectOne(error)
       handle.#waiting.clear()
-      onExit(handle.#why)
+      if (listening) onExit(handle.#why)
     })
     await promise
     return handle

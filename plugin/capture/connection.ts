@@ -6,12 +6,14 @@ import type { SlabPool } from '../buffer/index.ts'
 import type { AckMeter } from './ack-meter.ts'
 import { isLargeWrite } from './recorder.ts'
 import type { Recorder } from './recorder.ts'
-import type { CapturedDisk } from './target.ts'
 
 export const MAX_WRITE_BYTES = 1024 * 1024
 const REPLIES_PER_BUFFER = 512
 /** Payloads with so much left are read straight into their slab. */
 const DIRECT_READ_BYTES = 16 * 1024
+
+/** A disk as capture sees it. `capturedBytes` grows with writes and zeroes (what QEMU counts as written), never with discards. */
+export type CapturedDisk = { disk: number; key: string; sizeBytes: number; capturedBytes: number }
 
 /** What a connection needs of the capture target around it. */
 export type ConnectionHost = {

@@ -36,9 +36,12 @@ export type CaptureRequests = {
   /** Second phase: the marker names what `hold` answered; refused if the hold has lapsed. */
   commit: { ask: { mark: CheckpointMark }; answer: { namedSeq: number } | { refused: string } }
   release: { ask: object; answer: object }
-  proof: { ask: { mark: ProofMark }; answer: object }
-  /** The captured bytes per disk key, as of now. */
-  captured: { ask: object; answer: Record<string, number> }
+  /** The comparison speaks of everything up to `upToSeq`; without it, up to now. */
+  proof: { ask: { mark: ProofMark; upToSeq?: number }; answer: object }
+  /** The captured bytes per disk key and the newest sequence, as of now. */
+  captured: { ask: object; answer: { seq: number; bytes: Record<string, number> } }
+  /** Nothing that was copied so far counts any more: the next copy begins at offset 0 of every disk. */
+  restartCopy: { ask: object; answer: { lastSeq: number } }
   /** Ends connections from QEMU; frames that wait go on to the agent. */
   letGo: { ask: { why: string }; answer: object }
   /** Waits until everything recorded is durable, or rejects at the deadline; then says a clean end to the agent. */

@@ -19,6 +19,7 @@ type Closed = { builder: FrameBuilder; pool: SlabPool; slab: Buffer; firstSeq: n
 
 const RECORDS_PER_FRAME = 4096
 const MAX_SPARE_BUILDERS = 8
+const SEAL_TURN_MS = 1
 /** Larger writes get a frame of their own: their payload is not copied again. */
 export const LARGE_WRITE_BYTES = 128 * 1024
 
@@ -152,12 +153,19 @@ export class Recorder {
   #enqueue(closed: Closed): void {
     this.#closed.push(closed)
     this.#closedBytes += closed.slab.length
-    this.#sealSoon ??= setImmediate(() => this.#sealOne())
+    this.#sealSoon ??= setImmediate(() => this.#sealSome())
   }
 
-  /** Seals one frame and leaves the others to later turns, so that acknowledgements never wait for more than one. */
-  #sealOne(): void {
+  /** Seals for a short while and leaves the rest to later turns, so that acknowledgements do not wait for it. */
+  #sealSome(): void {
+    const endMs = performance.now() + SEAL_TURN_MS
     this.#sealSoon = undefined
+    do this.#sealOne()
+    while (this.#closed.length > 0 && performance.now() < endMs)
+    if (this.#closed.length > 0) this.#sealSoon ??= setImmediate(() => this.#sealSome())
+  }
+
+  #sealOne(): void {
     const closed = this.#closed.shift()
     if (closed === undefined) return
     const { builder, pool, slab, firstSeq, flags, atUnixMs } = closed
@@ -169,7 +177,6 @@ export class Recorder {
     } else if (!keepsSlab) {
       pool.give(slab)
     }
-    if (this.#closed.length > 0) this.#sealSoon ??= setImmediate(() => this.#sealOne())
     this.#options.queue.push(keepsSlab ? { ...frame, slab, pool } : frame)
   }
 

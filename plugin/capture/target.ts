@@ -4,11 +4,8 @@ import { rm } from 'node:fs/promises'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import * as nbd from '../../core/nbd/index.ts'
 import { CaptureConnection, MAX_WRITE_BYTES } from './connection.ts'
-import type { ConnectionHost } from './connection.ts'
+import type { CapturedDisk, ConnectionHost } from './connection.ts'
 import { readInto } from './read-into.ts'
-
-/** A disk as capture sees it. `capturedBytes` grows with writes and zeroes (what QEMU counts as written), never with discards. */
-export type CapturedDisk = { disk: number; key: string; sizeBytes: number; capturedBytes: number }
 
 export type TargetEvents = {
   /** QEMU (or a handshake check) entered the transmission phase. */

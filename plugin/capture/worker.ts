@@ -33,6 +33,7 @@ const answer = async (message: ToWorker): Promise<unknown> => {
     case 'release': return session.release()
     case 'proof': return session.proof(message.ask)
     case 'captured': return session.captured()
+    case 'restartCopy': return session.restartCopy()
     case 'letGo': return session.letGo(message.ask)
     case 'end': return session.end(message.ask)
   }
