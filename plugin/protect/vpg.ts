@@ -60,10 +60,10 @@ export class Vpg implements AsyncDisposable {
   }
 
   start(): void {
-    for (const vm of this.vms) vm.start()
     this.#schedule = scheduleCheckpoints(this.definition.checkpointEveryMs, this.#log, async () => {
       if (this.#workers() !== undefined) await this.cut('automatic')
     })
+    for (const vm of this.vms) vm.start()
   }
 
   /**
@@ -83,7 +83,7 @@ export class Vpg implements AsyncDisposable {
     const outcome = await cutOnOneNode(this.#clock, workers, mark)
     if (!outcome.ok) {
       this.#abandonedCuts++
-      this.#onEvent({ level: 'info', kind: 'cut-abandoned', message: `a checkpoint of ${this.definition.name} was abandoned: ${outcome.why}`, context: { vpg: this.definition.name } })
+      this.#onEvent({ level: 'info', kind: 'cut.abandoned', message: `a checkpoint of ${this.definition.name} was abandoned: ${outcome.why}`, context: { vpg: this.definition.name } })
       if (kind !== 'automatic') throw new CdpError('CONFLICT', `the checkpoint was abandoned: ${outcome.why}`, { retry: true, hint: 'Try again.' })
     }
     return { id, atUnixMs }
@@ -107,7 +107,7 @@ export class Vpg implements AsyncDisposable {
   #onChange(vmId: number, state: VmState): void {
     this.#onEvent({
       level: state.is === 'tracking' ? 'warn' : 'info',
-      kind: `vm-${state.is}`,
+      kind: `vm.${state.is}`,
       message: `VM ${vmId} is ${state.is}: ${state.why}`,
       context: { vpg: this.definition.name, vmId },
     })

@@ -1,7 +1,11 @@
 import { spawn } from 'node:child_process'
 import { closeSync, mkdirSync, openSync, readFileSync, writeFileSync } from 'node:fs'
+import { setTimeout as delay } from 'node:timers/promises'
+import { agentApi, ApiClient, pluginApi } from '../../core/api/index.ts'
 import { CdpError } from '../../core/errors/index.ts'
 import { endProcess } from './process.ts'
+import { projectDir } from './project.ts'
+import { agentConfig, pluginConfig } from './site-config.ts'
 
 /** A daemon of one of the two sites, started after the guests and ended before them. */
 export type SiteDaemon = {
@@ -16,8 +20,25 @@ export type SiteDaemon = {
 
 export type RunningDaemon = { name: string; pid: number; command: string[]; config: string; log: string }
 
-/** The daemons of both sites in the order of their start. This is the place for the agent and the plugin. */
-export const siteDaemons: readonly SiteDaemon[] = []
+const siteDaemon = (name: 'agent' | 'plugin'): SiteDaemon => ({
+  name,
+  command: [process.execPath, `${projectDir()}/dist/${name}/main.js`, '--config', '{config}'],
+  config: name === 'agent' ? agentConfig : pluginConfig,
+  ready: async (rootDir, signal) => {
+    const api = new ApiClient({ socketPath: String((name === 'agent' ? agentConfig : pluginConfig)(rootDir).apiSocket), daemon: `the ${name}`, unit: `pve-cdp-${name}` })
+    while (true) {
+      try {
+        return void (await api.call(name === 'agent' ? agentApi.status : pluginApi.status, {}, { signal }))
+      } catch (error) {
+        if (signal.aborted) throw error
+        await delay(50)
+      }
+    }
+  },
+})
+
+/** The daemons of both sites in the order of their start. */
+export const siteDaemons: readonly SiteDaemon[] = [siteDaemon('agent'), siteDaemon('plugin')]
 
 /** Starts them one after the other; if one does not answer within 20 s, those already started are ended and its log is in the error. */
 export const startSiteDaemons = async (rootDir: string, daemons = siteDaemons): Promise<RunningDaemon[]> => {

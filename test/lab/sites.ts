@@ -5,9 +5,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { agentApi, ApiClient, pluginApi, type AgentStatus, type Checkpoint, type PluginStatus, type RecoveryPoint, type VpgStatus } from '../../core/api/index.ts'
 import { CdpError } from '../../core/errors/index.ts'
 import { projectDir } from './project.ts'
-
-/** Settings of a lab site that differ from the product's defaults. */
-export type SiteConfig = Record<string, unknown>
+import { agentConfig, pluginConfig, type SiteConfig } from './site-config.ts'
 
 /** A daemon of the lab, as systemd would run it: started, stopped, killed, started again with the same files. */
 export class LabDaemon {
@@ -112,11 +110,8 @@ export class Sites {
   static async start({ rootDir, plugin = {}, agent = {} }: SitesOptions): Promise<Sites> {
     const sites = new Sites(
       rootDir,
-      { stateDirectory: join(rootDir, 'agent'), runDirectory: join(rootDir, 'run'), apiSocket: join(rootDir, 'run/agent.sock'), pointSocket: join(rootDir, 'run/points.sock'), listen: { host: '127.0.0.1', port: 0 }, ...agent },
-      {
-        qemuServerDirectory: join(rootDir, 'var/run/qemu-server'), pveDirectory: join(rootDir, 'etc/pve'), vpgFile: join(rootDir, 'etc/pve/cdp-vpgs.json'),
-        stateDirectory: join(rootDir, 'plugin'), runDirectory: join(rootDir, 'run'), apiSocket: join(rootDir, 'run/plugin.sock'), proofEveryMs: 2000, ...plugin,
-      },
+      { ...agentConfig(rootDir), ...agent },
+      { ...pluginConfig(rootDir), ...plugin },
     )
     mkdirSync(join(rootDir, 'etc/pve'), { recursive: true })
     await Promise.all([sites.agent.start(), sites.plugin.start()])
