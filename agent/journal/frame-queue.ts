@@ -1,5 +1,5 @@
 import type { Frame } from '../../core/record/index.ts'
-import type { JournalMark } from './frame-admission.ts'
+import type { JournalMark } from './frame-checks.ts'
 
 /** A frame that was checked and waits to be made durable. */
 export type QueuedFrame = {

@@ -8,11 +8,11 @@
 // segment, never returns bytes that do not match their checksum, and drops nothing silently: torn tails and damage are reported
 // with their sequences. It decides nothing about history: retention and promotion are made elsewhere.
 export { VmStore } from './vm-store.ts'
-export type { EpochAnswer, StoreCondition, VmStoreOptions } from './vm-store.ts'
+export type { EpochAnswer, StoreCondition, VmStoreOptions } from './store-options.ts'
 export { SegmentSealer } from './segment-sealer.ts'
 export { SEGMENT_LIMITS } from './journal-log.ts'
 export type { Clock, SegmentLimits } from './journal-log.ts'
-export type { JournalMark } from './frame-admission.ts'
+export type { JournalMark } from './frame-checks.ts'
 export type { FrameRecords, StoredFrame } from './journal-reader.ts'
 export type { Damage, OpenReport, SegmentInfo } from './segment-info.ts'
 export type { VerifyReport } from './verify-journal.ts'

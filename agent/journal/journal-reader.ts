@@ -3,9 +3,10 @@ import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import { decodeFramePayload, FRAME_HEADER_BYTES, parseFrame, parseFrameHeader } from '../../core/record/index.ts'
 import type { FrameHeader, RecordTable } from '../../core/record/index.ts'
 import { SEGMENT_HEADER_BYTES } from '../index/index.ts'
-import { marksOf } from './frame-admission.ts'
-import type { JournalMark } from './frame-admission.ts'
+import { marksOf } from './frame-checks.ts'
+import type { JournalMark } from './frame-checks.ts'
 import { scanFrames } from './frame-scan.ts'
+import type { BadStretch } from './frame-scan.ts'
 import { ReadHandles } from './read-handles.ts'
 import type { Damage, DamageList, SegmentInfo } from './segment-info.ts'
 
@@ -133,27 +134,26 @@ export class JournalReader implements AsyncDisposable {
 
   /** Which sequences a broken frame held is known from its neighbours. */
   async #damaged(info: SegmentInfo, frameOffset: number, cause: unknown): Promise<CdpError> {
-    let place = { firstSeq: info.firstSeq, lastSeq: info.lastSeq }
+    let bad: BadStretch | undefined
     try {
       const handle = await this.#handles.acquire(info.path)
       try {
-        let before = info.firstSeq - 1
         const scan = { fromBytes: SEGMENT_HEADER_BYTES, toBytes: info.framesEndBytes, expectedSeq: info.firstSeq, lastSeq: info.lastSeq }
         for await (const event of scanFrames(handle, scan)) {
-          if (event.is === 'bad' && event.bad.offsetBytes <= frameOffset) place = { firstSeq: event.bad.firstSeq, lastSeq: event.bad.lastSeq ?? info.lastSeq }
-          if (event.is === 'bad') continue
-          if (event.offsetBytes === frameOffset) return new CdpError('IO', 'a frame could not be read, and then it could', { cause, retry: true })
-          if (event.offsetBytes < frameOffset) before = event.frame.header.lastSeq
-          else break
+          const startBytes = event.is === 'bad' ? event.bad.offsetBytes : event.offsetBytes
+          if (startBytes > frameOffset) break
+          bad = event.is === 'bad' ? event.bad : undefined
+          if (event.is === 'frame' && startBytes === frameOffset) return new CdpError('IO', 'a frame could not be read, and then it could', { cause, retry: true })
         }
-        // Between two whole frames: no frame begins there, the caller's position is wrong.
-        if (place.lastSeq <= before) return new CdpError('NOT_FOUND', 'no frame begins there', { cause, context: { segment: info.segmentNumber, frameOffset } })
       } finally {
         await this.#handles.release(info.path)
       }
     } catch (error) {
-      return damagedError(this.#note(info, place.firstSeq, place.lastSeq, `cannot be read: ${errorMessage(error)}`), cause)
+      return damagedError(this.#note(info, info.firstSeq, info.lastSeq, `cannot be read: ${errorMessage(error)}`), cause)
     }
+    // Inside a whole frame: the caller's position is wrong.
+    if (bad === undefined) return new CdpError('NOT_FOUND', 'no frame begins there', { cause, context: { segment: info.segmentNumber, frameOffset } })
+    const place = { firstSeq: bad.firstSeq, lastSeq: bad.lastSeq ?? info.lastSeq }
     return damagedError(this.#note(info, place.firstSeq, place.lastSeq, errorMessage(cause)), cause)
   }
 

@@ -1,4 +1,4 @@
-import { readFile } from 'node:fs/promises'
+import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, describe, expect, test } from '@jest/globals'
 import { adaptiveZstd, RecordKind } from '../../core/record/index.ts'
@@ -146,5 +146,71 @@ describe('VmStore', () => {
     for await (const mark of store.marks()) replayed.push(mark)
     expect(replayed).toEqual(told)
     expect(store.disks[0].sizeBytes).toBe(16 * 1024 * 1024)
+  })
+
+  test('marks that are refused are not acknowledged: the store fails, and replays them when it is opened again', async () => {
+    await using directory = await temporaryDirectory()
+    const stopped = Promise.withResolvers<unknown>()
+    const acknowledged: number[] = []
+    {
+      await using store = await openReadyStore(directory.path, sealer)
+      store.onDurable = (seq) => acknowledged.push(seq)
+      store.onStopped = stopped.resolve
+      store.onRecords = () => {
+        throw new Error('the catalogue is gone')
+      }
+      store.accept(write(2, 1))
+      await store.flush()
+      store.accept(buildFrame({ firstSeq: 3, records: [{ kind: RecordKind.checkpoint, json: { id: 'c', vpg: 'g', vms: [], atUnixMs: 1, kind: 'automatic' } }] }))
+      expect(await stopped.promise).toMatchObject({ code: 'IO', context: { condition: 'failed' } })
+      expect(() => store.accept(write(4, 1))).toThrow(expect.objectContaining({ code: 'IO' }))
+      await expect(store.resumeEpoch(1)).rejects.toMatchObject({ code: 'IO' })
+    }
+    expect(acknowledged).toEqual([2])
+    await using store = await openStore(directory.path, sealer)
+    const replayed: number[] = []
+    for await (const mark of store.marks(3)) replayed.push(mark.seq)
+    expect(replayed).toEqual([3])
+  })
+
+  test('more than the queue may hold is refused, and taken when there is room', async () => {
+    await using directory = await temporaryDirectory()
+    await using store = await openReadyStore(directory.path, sealer, { queueBytes: 1 })
+    const big = (firstSeq: number): Buffer => buildFrame({ firstSeq, records: [{ kind: RecordKind.write, lengthBytes: 2 * 1024 * 1024, fill: 1 }] })
+    store.accept(big(2))
+    store.accept(big(3))
+    expect(() => store.accept(big(4))).toThrow(expect.objectContaining({ code: 'CONFLICT', retry: true }))
+    await store.flush()
+    expect(store.queuedBytes).toBe(0)
+    store.accept(big(4))
+    await store.flush()
+    expect(store.durableSeq).toBe(4)
+  })
+
+  test('reading keeps few files open and refuses places where no frame begins', async () => {
+    await using directory = await temporaryDirectory()
+    await using store = await openReadyStore(directory.path, sealer, { segmentRecords: 2, openFiles: 3 })
+    for (let seq = 2; seq < 42; seq++) store.accept(write(seq, seq))
+    await store.flush()
+    expect(store.segments.length).toBe(20)
+    const open = async (): Promise<number> => (await readdir('/proc/self/fd')).length
+    const before = await open()
+    await Promise.all(store.segments.map(({ segmentNumber }) => store.readFrame(segmentNumber, 128)))
+    expect((await open()) - before).toBeLessThanOrEqual(4)
+    await expect(store.readFrame(0, 200)).rejects.toMatchObject({ code: 'NOT_FOUND' })
+    await expect(store.readFrame(0, 10 ** 9)).rejects.toMatchObject({ code: 'NOT_FOUND' })
+    await expect(store.readFrame(77, 128)).rejects.toMatchObject({ code: 'NOT_FOUND' })
+  })
+
+  test('disposing twice, or while frames wait, loses nothing and refuses what comes later', async () => {
+    await using directory = await temporaryDirectory()
+    const store = await openReadyStore(directory.path, sealer)
+    for (let seq = 2; seq < 200; seq++) store.accept(write(seq, seq))
+    await Promise.all([store[Symbol.asyncDispose](), store[Symbol.asyncDispose]()])
+    await store[Symbol.asyncDispose]()
+    expect(() => store.accept(write(200, 1))).toThrow(expect.objectContaining({ code: 'CLOSED' }))
+    await expect(store.beginEpoch(DISKS)).rejects.toMatchObject({ code: 'CLOSED' })
+    await using again = await openStore(directory.path, sealer)
+    expect(again.durableSeq).toBe(199)
   })
 })

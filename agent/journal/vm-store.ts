@@ -2,50 +2,26 @@ import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { CdpError, errorCode, errorMessage, toCdpError } from '../../core/errors/index.ts'
 import type { Logger } from '../../core/log/index.ts'
-import { MAX_FRAME_BYTES, parseFrame } from '../../core/record/index.ts'
+import { MAX_FRAME_BYTES } from '../../core/record/index.ts'
 import type { DiskEntry } from '../../core/record/index.ts'
+import { Admission, staleEpoch } from './admission.ts'
 import { DIRECT_COMMIT_BYTES, DIRECT_COMMIT_MS, DirectLog, resized } from './direct-log.ts'
 import { admitDisks, storeFull } from './epoch-rules.ts'
-import { checkRecords, isDirect, marksOf } from './frame-admission.ts'
-import type { DiskSizes, JournalMark } from './frame-admission.ts'
+import type { JournalMark } from './frame-checks.ts'
 import { FrameQueue } from './frame-queue.ts'
 import type { QueuedFrame } from './frame-queue.ts'
 import { JournalLog, SEGMENT_LIMITS } from './journal-log.ts'
-import type { AppendBatch, Clock, SegmentLimits } from './journal-log.ts'
+import type { AppendBatch } from './journal-log.ts'
 import { JournalReader } from './journal-reader.ts'
 import type { FrameRecords, StoredFrame } from './journal-reader.ts'
 import type { Damage, OpenReport, SegmentInfo } from './segment-info.ts'
 import type { SegmentSealer } from './segment-sealer.ts'
+import type { EpochAnswer, StoreCondition, VmStoreOptions } from './store-options.ts'
 import { freeBytes } from './free-space.ts'
 import { verifyJournal } from './verify-journal.ts'
 import type { VerifyReport } from './verify-journal.ts'
 import { loadVmState, newVmState, saveVmState } from './vm-state.ts'
 import type { VmState } from './vm-state.ts'
-
-export type VmStoreOptions = {
-  /** Directory of this VM: vm.json, durable.hint, journal/, runs/ and mirror/ stand in it. Created if missing. */
-  directory: string
-  /** Site VM id, at most 36 bytes. */
-  vm: string
-  log: Logger
-  clock: Clock
-  sealer: SegmentSealer
-  limits?: Partial<SegmentLimits> & {
-    /** What may wait to be durable; `accept` refuses beyond. At least one frame of the largest size. */
-    queueBytes?: number
-    /** Files open for reading. */
-    openFiles?: number
-  }
-}
-
-/** What an attach is told; becomes the `welcome` of the stream. */
-export type EpochAnswer = { epoch: number; durableSeq: number; baseComplete: boolean; syncProgress: Record<string, number>; disks: DiskEntry[] }
-
-/**
- * open: frames are taken. full: the file system is full, nothing is taken until an attach finds room again. failed: a write or an
- * fsync failed; nothing more is promised, reading goes on; dispose and open again (which scans). closed: disposed.
- */
-export type StoreCondition = 'open' | 'full' | 'failed' | 'closed'
 
 const COMMIT_BYTES = 16 * 1024 * 1024
 const QUEUE_BYTES = 64 * 1024 * 1024
@@ -56,7 +32,7 @@ export class VmStore implements AsyncDisposable {
   readonly directory: string
   /** Called after each commit, with the newest sequence that will survive a crash. */
   onDurable: ((durableSeq: number, epoch: number) => void) | undefined
-  /** Called before `onDurable` with the marks of the frames that became durable, in order. */
+  /** Called before `onDurable` with the marks of the frames that became durable, in order. If it throws, the store fails. */
   onRecords: ((marks: readonly JournalMark[]) => void) | undefined
   /** Called when the store stops taking frames: the streams of this VM must end. */
   onStopped: ((error: CdpError) => void) | undefined
@@ -73,11 +49,7 @@ export class VmStore implements AsyncDisposable {
   #direct: DirectLog | undefined
   #condition: StoreCondition = 'open'
   #stoppedBy: CdpError | undefined
-  /** The epoch whose frames are taken now; undefined until an attach began or went on. */
-  #takenEpoch: number | undefined
-  #receivedSeq: number
-  #receivedBase: boolean
-  #sizes: DiskSizes
+  readonly #admission = new Admission()
   #running: Promise<void> | undefined
   #flushing = false
   #closing = false
@@ -94,9 +66,7 @@ export class VmStore implements AsyncDisposable {
     this.#queueBytes = Math.max(MAX_FRAME_BYTES, options.limits?.queueBytes ?? QUEUE_BYTES)
     this.#statePath = join(options.directory, 'vm.json')
     this.#state = state
-    this.#receivedSeq = this.durableSeq
-    this.#receivedBase = state.baseComplete
-    this.#sizes = sizesOf(state.disks)
+    this.#admission.reset(state, this.durableSeq)
     journal.onSealed = (segment) => this.onSealed?.(segment)
   }
 
@@ -140,7 +110,7 @@ export class VmStore implements AsyncDisposable {
   }
   /** The newest sequence taken; it may be lost as long as it is above `durableSeq`. */
   get receivedSeq(): number {
-    return this.#receivedSeq
+    return this.#admission.receivedSeq
   }
   /** What the mirror holds, once the base is complete. */
   get baseSeq(): number {
@@ -207,34 +177,12 @@ export class VmStore implements AsyncDisposable {
    */
   accept(bytes: Buffer): void {
     if (this.#closing || this.#condition !== 'open') throw this.#refusal()
-    const frame = parseFrame(bytes)
-    const { header } = frame
-    if (bytes.length !== 64 + header.bodyBytes) throw new CdpError('FORMAT', 'bytes behind the end of a frame', { context: { bytes: bytes.length } })
-    if (header.epoch !== this.#takenEpoch) {
-      if (header.epoch <= this.#state.epoch) throw staleEpoch(header.epoch, this.#state.epoch)
-      throw new CdpError('STREAM_PROTOCOL', 'frame of an epoch that was never given', { context: { epoch: header.epoch, newest: this.#state.epoch } })
-    }
-    if (header.lastSeq <= this.#receivedSeq) return
-    if (header.firstSeq !== this.#receivedSeq + 1) {
-      const what = header.firstSeq > this.#receivedSeq ? 'gap in the sequence' : 'frame of which a part is held'
-      throw new CdpError('STREAM_PROTOCOL', what, { context: { firstSeq: header.firstSeq, lastSeq: header.lastSeq, receivedSeq: this.#receivedSeq } })
-    }
-    const direct = isDirect(header)
-    if (direct === this.#receivedBase) {
-      throw new CdpError('STREAM_PROTOCOL', direct ? 'direct frame after the initial sync' : 'journal frame before the end of the initial sync', { context: { firstSeq: header.firstSeq } })
-    }
     if (this.#queue.bytes + bytes.length > this.#queueBytes) {
       throw new CdpError('CONFLICT', 'more frames than may wait to be durable', { retry: true, context: { queuedBytes: this.#queue.bytes } })
     }
-    const marks = marksOf(frame)
-    const endsBase = direct && marks?.some((mark) => mark.is === 'syncEnd' && mark.mark.kind === 'initial') === true
-    if (endsBase && marks?.at(-1)?.seq !== header.lastSeq) throw new CdpError('STREAM_PROTOCOL', 'the initial sync must end with its frame', { context: { lastSeq: header.lastSeq } })
-    const sizes = marks?.some((mark) => mark.is === 'resize') === true ? new Map(this.#sizes) : this.#sizes
-    checkRecords(frame, sizes)
-    this.#sizes = sizes
-    if (endsBase) this.#receivedBase = true
-    this.#receivedSeq = header.lastSeq
-    this.#queue.push({ bytes, frame, marks, direct, endsBase })
+    const taken = this.#admission.take(bytes)
+    if (taken === undefined) return
+    this.#queue.push(taken)
     this.#wake?.()
     this.#running ??= this.#run()
   }
@@ -293,7 +241,7 @@ export class VmStore implements AsyncDisposable {
       if (this.#condition === 'full') await this.#leaveFull()
       if (this.#closing || this.#condition !== 'open') throw this.#refusal()
       const begin = await check()
-      this.#takenEpoch = undefined
+      this.#admission.takenEpoch = undefined
       await this.flush()
       this.#mustBeOpen()
       try {
@@ -302,11 +250,9 @@ export class VmStore implements AsyncDisposable {
         await this.#stop(error)
         throw this.#refusal()
       }
-      this.#receivedSeq = this.durableSeq
-      this.#receivedBase = this.#state.baseComplete
-      this.#sizes = sizesOf(this.#state.disks)
+      this.#admission.reset(this.#state, this.durableSeq)
       const { epoch, baseComplete, syncProgress, disks } = this.#state
-      this.#takenEpoch = epoch
+      this.#admission.takenEpoch = epoch
       return { epoch, durableSeq: this.durableSeq, baseComplete, syncProgress, disks }
     })
     this.#attaching = attached.catch(() => undefined)
@@ -357,7 +303,7 @@ export class VmStore implements AsyncDisposable {
     await journal.append(batch)
     await this.#keepSizes(marks)
     this.#queue.release(batch.lengthBytes)
-    this.#announce(marks)
+    await this.#announce(marks)
     await journal.writeHint()
   }
 
@@ -391,7 +337,7 @@ export class VmStore implements AsyncDisposable {
     if (state.baseComplete) this.#journal.begin(state.baseSeq)
     this.#state = state
     if (state.baseComplete) await this.#closeDirect()
-    this.#announce(marks)
+    await this.#announce(marks)
   }
 
   #waitForWork(waitMs: number): Promise<void> {
@@ -406,9 +352,15 @@ export class VmStore implements AsyncDisposable {
     })
   }
 
-  #announce(marks: readonly JournalMark[] | undefined): void {
+  /** Marks that are not taken must not be acknowledged: the store stops, and whoever opens it again replays them from the journal. */
+  async #announce(marks: readonly JournalMark[] | undefined): Promise<void> {
     try {
       if (marks !== undefined) this.onRecords?.(marks)
+    } catch (cause) {
+      await this.#stop(new CdpError('IO', `the marks of the journal were not taken: ${errorMessage(cause)}`, { cause }))
+      return
+    }
+    try {
       this.onDurable?.(this.durableSeq, this.#state.epoch)
     } catch (error) {
       this.#log.error('a listener of the journal failed', { vm: this.vm, error: errorMessage(error) })
@@ -424,9 +376,7 @@ export class VmStore implements AsyncDisposable {
   async #stop(error: unknown): Promise<void> {
     if (this.#condition !== 'open') return
     this.#queue.clear()
-    this.#receivedSeq = this.durableSeq
-    this.#receivedBase = this.#state.baseComplete
-    this.#takenEpoch = undefined
+    this.#admission.reset(this.#state, this.durableSeq)
     const full = errorCode(error) === 'ENOSPC' || errorCode(error) === 'EDQUOT'
     this.#condition = full ? 'full' : 'failed'
     if (full) {
@@ -467,8 +417,3 @@ export class VmStore implements AsyncDisposable {
     for (const damage of this.#journal.damage.all().slice(0, 16)) this.#log.error('a part of the journal is damaged', { vm: this.vm, ...damage })
   }
 }
-
-const sizesOf = (disks: readonly DiskEntry[]): DiskSizes => new Map(disks.map(({ disk, sizeBytes }) => [disk, sizeBytes]))
-
-const staleEpoch = (epoch: number, newest: number): CdpError =>
-  new CdpError('STALE_EPOCH', 'a newer attach of this VM owns the journal', { context: { epoch, newest } })
