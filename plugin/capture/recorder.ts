@@ -1,6 +1,7 @@
+import { CdpError } from '../../core/errors/index.ts'
 import { FLAG_DIRECT, FrameBuilder, RecordKind, alignToSector } from '../../core/record/index.ts'
 import type { Compressor } from '../../core/record/index.ts'
-import { SlabPool } from '../buffer/index.ts'
+import type { SlabPool } from '../buffer/index.ts'
 import type { FrameQueue } from '../buffer/index.ts'
 
 export type RecorderOptions = {
@@ -107,10 +108,13 @@ export class Recorder {
     this.#lastSeq++
   }
 
-  /** A record that carries JSON. */
+  /** A record that carries JSON. @throws CdpError BAD_INPUT for one that no frame has room for; nothing was recorded then */
   mark(kind: RecordKind, offsetBytes: number, value: unknown): void {
     const text = JSON.stringify(value)
-    this.#builderFor(Buffer.byteLength(text)).addJson(kind, offsetBytes, text)
+    const textBytes = Buffer.byteLength(text)
+    const { slabBytes } = this.#options.smallSlabs
+    if (textBytes > slabBytes) throw new CdpError('BAD_INPUT', 'a mark is too large for the journal', { context: { kind, textBytes, slabBytes } })
+    this.#builderFor(textBytes).addJson(kind, offsetBytes, text)
     this.#lastSeq++
   }
 

@@ -47,6 +47,8 @@ export class CaptureTarget implements AsyncDisposable {
     server.listen(this.#path, resolve)
     await promise
     server.off('error', reject)
+    // A connection that could not be accepted (no file left) is QEMU's to try again; it must not end the thread.
+    server.on('error', (error) => process.emitWarning(`capture target: ${errorMessage(error)}`, { code: 'CDP_CAPTURE_TARGET' }))
   }
 
   /** Ends every connection at once: the guest goes on, QEMU's dirty bitmap remembers what is missed from here on. */

@@ -76,9 +76,11 @@ export class ProtectedVm implements AsyncDisposable {
   #retry: NodeJS.Timeout | undefined
   #work: Promise<void> = Promise.resolve()
   #polling = false
+  #looked = false
   #stopped = false
   #lastBeat = 0
   #lastBeatMs = 0
+  #lastBeatCheckMs = 0
   #durableWaiters: { seq: number; resolve: () => void; reject: (error: CdpError) => void }[] = []
 
   constructor(options: ProtectedVmOptions) {
@@ -125,6 +127,7 @@ export class ProtectedVm implements AsyncDisposable {
     this.#watchingTargets = false
     this.#attachNumber++
     this.#rejectWaiters('protection ends')
+    if (this.#state.is !== 'streaming') await this.#letGo('protection ends')
     await this.#work
     this.#dispatch({ on: 'stop', why: 'protection was ended' })
     if (this.#running !== undefined) {
@@ -152,6 +155,7 @@ export class ProtectedVm implements AsyncDisposable {
   }
 
   #dispatch(event: VmEvent): void {
+    if (this.#stopped && event.on !== 'stop') return
     const before = this.#state
     const { state, effects } = next(before, event, this.#nowUnixMs())
     this.#state = state
@@ -165,15 +169,18 @@ export class ProtectedVm implements AsyncDisposable {
   #perform(effect: VmEffect): void {
     switch (effect.do) {
       case 'attach': {
-        const attachNumber = ++this.#attachNumber
+        this.#supersede(effect.why)
+        const attachNumber = this.#attachNumber
         this.#enqueue(() => this.#attach(attachNumber, effect.why))
         return
       }
       case 'cleanUp':
-        this.#watchingTargets = false
-        this.#attachNumber++
-        this.#rejectWaiters(this.#state.why)
+        this.#supersede(this.#state.why)
         this.#enqueue(() => this.#cleanUp())
+        return
+      case 'forgetRetry':
+        clearTimeout(this.#retry)
+        this.#retryMs = RETRY_FIRST_MS
         return
       case 'retryLater':
         clearTimeout(this.#retry)
@@ -181,6 +188,20 @@ export class ProtectedVm implements AsyncDisposable {
         this.#retryMs = Math.min(RETRY_MAX_MS, this.#retryMs * 2)
         return
     }
+  }
+
+  /** Whatever attach is under way ends at its next step, and the sync it waits for ends at once: it could take hours. */
+  #supersede(why: string): void {
+    this.#watchingTargets = false
+    this.#attachNumber++
+    this.#rejectWaiters(why)
+    void this.#letGo(why)
+  }
+
+  async #letGo(why: string): Promise<void> {
+    const worker = this.#worker
+    if (worker === undefined || worker.exited) return
+    await worker.ask('letGo', { why }).catch((error: unknown) => this.#log.warn('the worker did not let go', { error: errorMessage(error) }))
   }
 
   #enqueue(work: () => Promise<void>): void {
@@ -195,9 +216,9 @@ export class ProtectedVm implements AsyncDisposable {
     this.#polling = true
     try {
       const running = await findRunningVm(this.#options.settings.paths, this.vmId)
-      if (running?.instance === this.#running?.instance) return
+      if (this.#stopped || (this.#looked && running?.instance === this.#running?.instance)) return
+      this.#looked = true
       this.#running = running
-      if (this.#watchingTargets) this.#dispatch({ on: 'captureLost', why: 'the VM was stopped' })
       this.#dispatch(running === undefined ? { on: 'vmStopped' } : { on: 'vmStarted' })
     } catch (error) {
       this.#log.warn('the VM could not be looked for', { error: errorMessage(error) })
@@ -214,7 +235,11 @@ export class ProtectedVm implements AsyncDisposable {
       const disks = await meetVm(vm, this.#readSocketPath())
       const worker = await this.#workerFor(disks)
       const config = await readVmConfig(this.#options.settings.paths, this.vmId)
+      if (superseded()) return
       const welcome = await worker.ask('open', { reason: why, epoch: { reason: why, ...(config === undefined ? {} : { config }) } })
+      if (superseded()) return
+      // Figures from before speak of another stream.
+      this.#stats = undefined
       const context: AttachContext = {
         vm, worker, memory: this.#memory, log: this.#log, targetPath: this.#targetPath(), readSocketPath: this.#readSocketPath(),
         ...(this.#options.settings.existingNbdServers[String(this.vmId)] === undefined ? {} : { existingServerPath: this.#options.settings.existingNbdServers[String(this.vmId)] }),
@@ -226,9 +251,15 @@ export class ProtectedVm implements AsyncDisposable {
       this.#watchingTargets = true
       this.#proofs = new Map(disks.map(({ key }) => [key, new CounterProof(IN_FLIGHT_BYTES)]))
       const plan = planSync(welcome, memory, bitmapsWereThere, why)
-      if (!plan.fromBitmaps) await this.#memory.write(vm.instance, 'copying')
+      if (!plan.fromBitmaps) {
+        // What an earlier QEMU process had copied counts no more; the agent has to know that before our memory says that a copy began.
+        if (Object.values(welcome.syncProgress).some((bytes) => bytes > 0)) await this.#durable((await worker.ask('restartCopy', {})).lastSeq)
+        await this.#memory.write(vm.instance, 'copying')
+      }
+      if (superseded()) return
       this.#dispatch({ on: 'syncBegan', kind: plan.kind, why: plan.why, totalBytes: 0 })
       const lastSeq = await runSync(context, disks, this.#workerDisks, plan, this.#options.settings.syncRateBytesPerSec)
+      if (superseded()) return
       await this.#durable(lastSeq)
       if (superseded()) return
       await retireBitmaps(context, disks)
@@ -239,10 +270,10 @@ export class ProtectedVm implements AsyncDisposable {
       const message = errorMessage(error)
       this.#log.warn('protection did not come into step', { error: message })
       if (this.#watchingTargets) {
-        await this.#worker?.ask('letGo', { why: message }).catch(() => undefined)
         this.#dispatch({ on: 'syncFailed', why: message })
       } else {
-        const bitmapRecords = (await this.#memory.read(vm.instance)) !== undefined
+        const bitmapRecords = (await this.#memory.read(vm.instance).catch(() => undefined)) !== undefined
+        if (superseded()) return
         this.#dispatch({ on: 'attachFailed', why: message, bitmapRecords })
       }
     }
@@ -250,8 +281,8 @@ export class ProtectedVm implements AsyncDisposable {
 
   async #cleanUp(): Promise<void> {
     const vm = this.#running
+    await this.#letGo(this.#state.why)
     if (vm === undefined || this.#worker === undefined) return
-    if (!this.#worker.exited) await this.#worker.ask('letGo', { why: this.#state.why }).catch((error: unknown) => this.#log.warn('the worker did not let go', { error: errorMessage(error) }))
     await takeAway(vm, this.#readSocketPath(), true).catch((error: unknown) => {
       this.#log.warn('what is left of capture in QEMU will be taken away with the next attach', { error: errorMessage(error) })
     })
@@ -262,7 +293,9 @@ export class ProtectedVm implements AsyncDisposable {
     if (entries.length === 0) throw new CdpError('NOT_FOUND', `VM ${this.vmId} has no disk that can be protected`, { hint: 'Give it a writable disk on scsi, virtio, sata or ide.' })
     const same = JSON.stringify(entries) === JSON.stringify(this.#workerDisks)
     if (this.#worker !== undefined && !this.#worker.exited && same) return this.#worker
-    await this.#worker?.[Symbol.asyncDispose]()
+    const old = this.#worker
+    this.#worker = undefined
+    await old?.[Symbol.asyncDispose]()
     this.#openTargets = new Map()
     this.#workerDisks = entries
     const { settings, vpg, vms, agent, groupClock } = this.#options
@@ -328,7 +361,10 @@ export class ProtectedVm implements AsyncDisposable {
     const worker = this.#worker
     if (worker === undefined || worker.exited) return
     const nowMs = performance.now()
-    if (worker.beat !== this.#lastBeat) {
+    // Who was held up himself (SIGSTOP, a suspended host) cannot tell whether the worker was.
+    const heldUp = nowMs - this.#lastBeatCheckMs > HUNG_MS / 2
+    this.#lastBeatCheckMs = nowMs
+    if (worker.beat !== this.#lastBeat || heldUp) {
       this.#lastBeat = worker.beat
       this.#lastBeatMs = nowMs
     } else if (nowMs - this.#lastBeatMs > HUNG_MS) {
@@ -353,13 +389,16 @@ export class ProtectedVm implements AsyncDisposable {
       for (const [key, proof] of this.#proofs) {
         const counter = counters.get(key)
         if (counter === undefined) continue
-        const verdict = proof.look({ capturedBeforeBytes: before[key], capturedAfterBytes: after[key], writtenBytes: counter.wrBytes, failedOperations: counter.failedWrOperations })
-        disks[key] = { writtenBytes: counter.wrBytes, capturedBytes: after[key] }
+        const capturedAfterBytes = after.bytes[key]
+        const verdict = proof.look({ capturedBeforeBytes: before.bytes[key], capturedAfterBytes, writtenBytes: counter.wrBytes, failedOperations: counter.failedWrOperations })
+        disks[key] = { writtenBytes: counter.wrBytes, capturedBytes: capturedAfterBytes }
         if (!verdict.ok) missed = `${key}: ${verdict.missedBytes} bytes of the guest's writes were not captured`
         else if (!counter.onPath) missed = `${key}: the guest's writes do not pass capture any more`
       }
-      await worker.ask('proof', { mark: { ok: missed === undefined, atUnixMs: this.#nowUnixMs(), disks } })
-      if (missed !== undefined && this.streamingWorker === worker) this.#dispatch({ on: 'captureLost', why: missed })
+      // What came after the question is not proved by its answer; but it is suspect, up to the moment in which no cut is made any more.
+      const marked = worker.ask('proof', { mark: { ok: missed === undefined, atUnixMs: this.#nowUnixMs(), disks }, ...(missed === undefined ? { upToSeq: before.seq } : {}) })
+      if (missed !== undefined) this.#dispatch({ on: 'captureLost', why: missed })
+      await marked
     } catch (error) {
       this.#log.warn('the counters of the VM could not be compared', { error: errorMessage(error) })
     } finally {

@@ -40,10 +40,14 @@ export const vmExists = async (paths: ProxmoxPaths, vmId: number): Promise<boole
   }
 }
 
-/** The VM's configuration, versioned with the journal. */
+/** Longer ones do not fit into a mark of the journal; protection goes on without them. */
+const MAX_CONFIG_BYTES = 100_000
+
+/** The VM's configuration, versioned with the journal; undefined if there is none or it is beyond all reason. */
 export const readVmConfig = async (paths: ProxmoxPaths, vmId: number): Promise<string | undefined> => {
   try {
-    return await readFile(join(paths.pveDirectory, 'qemu-server', `${vmId}.conf`), 'utf8')
+    const config = await readFile(join(paths.pveDirectory, 'qemu-server', `${vmId}.conf`), 'utf8')
+    return config.length > MAX_CONFIG_BYTES ? undefined : config
   } catch (error) {
     if (errorCode(error) === 'ENOENT') return undefined
     throw error

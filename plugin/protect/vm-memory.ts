@@ -1,4 +1,5 @@
 import { join } from 'node:path'
+import { errorCode } from '../../core/errors/index.ts'
 import { readJsonFile, removeFile, writeJsonFile } from '../../core/files/index.ts'
 
 /**
@@ -18,7 +19,11 @@ export class VmMemoryFile {
 
   /** What is known of that QEMU process; undefined if nothing is: its bitmaps then prove nothing. */
   async read(instance: string): Promise<VmMemory | undefined> {
-    const memory = (await readJsonFile(this.#path)) as VmMemory | undefined
+    const memory = (await readJsonFile(this.#path).catch((error: unknown) => {
+      // Not readable is not known: a full sync is the answer, not a VM without protection.
+      if (errorCode(error) === 'FORMAT') return undefined
+      throw error
+    })) as VmMemory | undefined
     return memory?.format === 1 && memory.instance === instance ? memory : undefined
   }
 

@@ -28,6 +28,8 @@ export type VmEffect =
   /** Take what is left of capture out of QEMU; bitmaps stay. */
   | { do: 'cleanUp' }
   | { do: 'retryLater' }
+  /** A retry that was planned makes no sense any more. */
+  | { do: 'forgetRetry' }
 
 export type Transition = { state: VmState; effects: VmEffect[] }
 
@@ -37,16 +39,17 @@ export const next = (state: VmState, event: VmEvent, nowUnixMs: number): Transit
   const stay: Transition = { state, effects: [] }
   const capturing = state.is === 'attaching' || state.is === 'syncing' || state.is === 'streaming'
   switch (event.on) {
+    // Another QEMU process: whatever was under way belonged to the one before.
     case 'vmStarted':
-      return capturing ? stay : to({ is: 'attaching', why: 'the VM runs', sinceUnixMs: nowUnixMs }, { do: 'attach', why: 'the VM runs' })
+      return to({ is: 'attaching', why: 'the VM runs', sinceUnixMs: nowUnixMs }, { do: 'forgetRetry' }, { do: 'attach', why: 'the VM runs' })
     case 'retry': {
       if (state.is !== 'tracking' && state.is !== 'detached') return stay
       return to({ is: 'attaching', why: state.why, sinceUnixMs: nowUnixMs }, { do: 'attach', why: state.why })
     }
     case 'vmStopped':
-      return state.is === 'detached' && state.why === 'the VM does not run' ? stay : to({ is: 'detached', why: 'the VM does not run', sinceUnixMs: nowUnixMs })
+      return to({ is: 'detached', why: 'the VM does not run', sinceUnixMs: nowUnixMs }, { do: 'forgetRetry' }, ...(capturing ? [{ do: 'cleanUp' } as const] : []))
     case 'attachFailed':
-      return to({ is: event.bitmapRecords ? 'tracking' : 'detached', why: event.why, sinceUnixMs: nowUnixMs }, { do: 'retryLater' })
+      return state.is !== 'attaching' ? stay : to({ is: event.bitmapRecords ? 'tracking' : 'detached', why: event.why, sinceUnixMs: nowUnixMs }, { do: 'retryLater' })
     case 'syncBegan':
       return state.is !== 'attaching' ? stay : to({ is: 'syncing', kind: event.kind, why: event.why, doneBytes: 0, totalBytes: event.totalBytes, sinceUnixMs: nowUnixMs })
     case 'syncAdvanced':
@@ -57,6 +60,6 @@ export const next = (state: VmState, event: VmEvent, nowUnixMs: number): Transit
     case 'captureLost':
       return !capturing ? stay : to({ is: 'tracking', why: event.why, sinceUnixMs: nowUnixMs }, { do: 'cleanUp' }, { do: 'retryLater' })
     case 'stop':
-      return to({ is: 'detached', why: event.why, sinceUnixMs: nowUnixMs })
+      return to({ is: 'detached', why: event.why, sinceUnixMs: nowUnixMs }, { do: 'forgetRetry' })
   }
 }
