@@ -2,7 +2,7 @@ import { CdpError } from '../../core/errors/index.ts'
 import type { NbdClient } from '../../core/nbd/index.ts'
 import { RecordKind } from '../../core/record/index.ts'
 import type { SlabPool } from '../buffer/index.ts'
-import type { RaceGuard } from './race-guard.ts'
+import type { RaceGuard, Span } from './race-guard.ts'
 
 const STATUS_BYTES = 256 * 1024 * 1024
 const READ_BYTES = 1024 * 1024
@@ -92,8 +92,8 @@ export class SyncRun {
     this.#throwIfFailed()
     const read = guard.register(disk.disk, offsetBytes, lengthBytes)
     const context = bitmap ?? BASE_ALLOCATION
-    const reply = await client.blockStatus(offsetBytes, lengthBytes)
-    const spans = read.take()
+    let spans: Span[] = []
+    const reply = await client.blockStatus(offsetBytes, lengthBytes, signal).finally(() => (spans = read.take()))
     const extents: Extent[] = []
     let at = offsetBytes
     for (const { lengthBytes: extentBytes, flags } of reply.get(context) ?? []) {
@@ -140,8 +140,9 @@ export class SyncRun {
     const { client, guard, disk, sink, slabs, signal } = this.#options
     const slab = slabs.take()
     const read = guard.register(disk.disk, offsetBytes, lengthBytes)
-    await client.readInto(slab, 0, offsetBytes, lengthBytes, signal)
-    const spans = read.take()
+    let spans: Span[] = []
+    await client.readInto(slab, 0, offsetBytes, lengthBytes, signal).finally(() => (spans = read.take()))
+    signal.throwIfAborted()
     if (slab.subarray(0, lengthBytes).equals(ZEROES.subarray(0, lengthBytes))) {
       for (const span of spans) sink.range(RecordKind.syncZero, disk.disk, span.offsetBytes, span.lengthBytes)
       slabs.give(slab)
@@ -170,7 +171,9 @@ export class SyncRun {
     return lowest
   }
 
+  /** Says how far the copy has come; never beyond a read that failed: its gap would be taken for copied. */
   #report(now = false): void {
+    if (this.#failed !== undefined) return
     if (!now && performance.now() - this.#reportedMs < PROGRESS_EVERY_MS) return
     this.#reportedMs = performance.now()
     const copiedToBytes = this.#copiedToBytes()
