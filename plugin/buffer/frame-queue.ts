@@ -13,7 +13,8 @@ const heldBytesOf = (frame: QueuedFrame): number => (frame.slab === undefined ? 
  * cursor; `release` lets go of what is durable; `rewind` makes the sender begin again after a reconnect.
  */
 export class FrameQueue {
-  #frames: QueuedFrame[] = []
+  /** Below #head: undefined, so that what was released is not kept alive by its place. */
+  #frames: (QueuedFrame | undefined)[] = []
   #head = 0
   #cursor = 0
   #heldBytes = 0
@@ -54,11 +55,10 @@ export class FrameQueue {
 
   /** Everything up to `durableSeq` is safe at the agent. */
   release(durableSeq: number): void {
-    while (this.#head < this.#frames.length && this.#frames[this.#head].lastSeq <= durableSeq) {
-      const frame = this.#frames[this.#head]
+    for (let frame = this.#frames[this.#head]; frame !== undefined && frame.lastSeq <= durableSeq; frame = this.#frames[this.#head]) {
       this.#heldBytes -= heldBytesOf(frame)
       if (frame.slab !== undefined) frame.pool?.give(frame.slab)
-      this.#head++
+      this.#frames[this.#head++] = undefined
     }
     if (this.#cursor < this.#head) this.#cursor = this.#head
     if (this.#head > 64 && this.#head * 2 > this.#frames.length) {

@@ -34,6 +34,7 @@ export class StreamSender implements AsyncDisposable {
   #epoch = 0
   #blocked = false
   #lost = false
+  #failure: CdpError | undefined
 
   constructor(options: StreamSenderOptions) {
     this.#options = options
@@ -45,6 +46,7 @@ export class StreamSender implements AsyncDisposable {
    */
   async open(hello: Hello): Promise<Welcome> {
     const signal = this.#abort.signal
+    const introduction = helloMessage(hello)
     const socket = await this.#options.connect(signal)
     if (signal.aborted) {
       socket.destroy()
@@ -76,9 +78,11 @@ export class StreamSender implements AsyncDisposable {
       else if (!this.#blocked) socket.write(echoMessage(MessageType.ping, Math.floor(performance.now())))
     }, stallMs / 4)
     const deadline = setTimeout(() => this.#fail(new CdpError('TIMEOUT', 'the agent did not answer the hello', { retry: true })), this.#options.welcomeDeadlineMs ?? 10_000)
-    socket.write(helloMessage(hello))
+    socket.write(introduction)
     try {
       const answer = await welcome.promise
+      // What came with the welcome, in the same turn, may have been the end already.
+      if (this.#failure !== undefined) throw this.#failure
       this.#epoch = answer.epoch
       return answer
     } finally {
@@ -152,6 +156,7 @@ export class StreamSender implements AsyncDisposable {
   #fail(error: CdpError): void {
     if (this.#lost) return
     this.#lost = true
+    this.#failure = error
     clearInterval(this.#ping)
     const welcome = this.#welcome
     this.#welcome = undefined
