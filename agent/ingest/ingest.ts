@@ -24,14 +24,10 @@ export class Ingest implements Disposable {
       socket,
       log,
       admit: async (hello, admitted) => {
-        const key = `${siteId}/${hello.vm}`
-        const older = this.#streams.get(key)
-        // A reconnect may come before the death of its own old connection was noticed; only a newer attach makes the old one stale.
-        if (hello.epoch === 0) older?.supersede()
-        else if (older !== undefined && older.epoch <= hello.epoch) older.close('the same attach connected again')
         const { store } = await registry.open(siteId, hello.vm)
         catalogue.noteVpg(siteId, hello.vpg, hello.vms)
-        if (hello.epoch === 0 || hello.epoch === store.epoch) this.#streams.set(key, admitted)
+        // From here to the answer nothing waits: of two streams that came at once, the later one finds the earlier one here.
+        if (!admitted.closed) this.#takeOver(`${siteId}/${hello.vm}`, hello.epoch, admitted, store.epoch)
         return store
       },
       onClosed: (closed, why) => {
@@ -44,6 +40,14 @@ export class Ingest implements Disposable {
       },
     })
     this.#all.add(receiver)
+  }
+
+  #takeOver(key: string, helloEpoch: number, admitted: StreamReceiver, storeEpoch: number): void {
+    const older = this.#streams.get(key)
+    // A reconnect may come before the death of its own old connection was noticed; only a newer attach makes the old one stale.
+    if (helloEpoch === 0) older?.supersede()
+    else if (older !== undefined && older.epoch <= helloEpoch) older.close('the same attach connected again')
+    if (helloEpoch === 0 || helloEpoch === storeEpoch) this.#streams.set(key, admitted)
   }
 
   isConnected(siteId: string, vm: string): boolean {

@@ -32,6 +32,10 @@ export class StreamReceiver implements Disposable {
   #heardMs = performance.now()
   #watch: NodeJS.Timeout
   #deadline: NodeJS.Timeout | undefined
+  readonly #onDurable = (durableSeq: number, epoch: number): void => {
+    if (epoch === this.#epoch) this.#acknowledge(durableSeq)
+  }
+  readonly #onStopped = (error: CdpError): void => this.refuse(error)
 
   constructor(options: StreamReceiverOptions) {
     this.#options = options
@@ -52,6 +56,10 @@ export class StreamReceiver implements Disposable {
     })
     this.#socket.on('error', (error) => this.close(error.message))
     this.#socket.on('close', () => this.close('the protected site closed the stream'))
+  }
+
+  get closed(): boolean {
+    return this.#closed
   }
 
   get hello(): Hello | undefined {
@@ -92,10 +100,9 @@ export class StreamReceiver implements Disposable {
     this.#closed = true
     clearInterval(this.#watch)
     clearTimeout(this.#deadline)
-    if (this.#store !== undefined && this.#epoch > 0) {
-      this.#store.onDurable = undefined
-      this.#store.onStopped = undefined
-    }
+    // A newer stream may have put its own there.
+    if (this.#store?.onDurable === this.#onDurable) this.#store.onDurable = undefined
+    if (this.#store?.onStopped === this.#onStopped) this.#store.onStopped = undefined
     this.#options.onClosed(this, why)
   }
 
@@ -147,10 +154,8 @@ export class StreamReceiver implements Disposable {
       if (this.#closed) return
       this.#store = store
       this.#epoch = answer.epoch
-      store.onDurable = (durableSeq, epoch) => {
-        if (epoch === this.#epoch) this.#acknowledge(durableSeq)
-      }
-      store.onStopped = (error) => this.refuse(error)
+      store.onDurable = this.#onDurable
+      store.onStopped = this.#onStopped
       this.#socket.write(welcomeMessage(answer))
       this.#options.log.info('stream begins', { vm: hello.vm, vpg: hello.vpg, epoch: answer.epoch, durableSeq: answer.durableSeq, why: hello.reason })
     } catch (error) {

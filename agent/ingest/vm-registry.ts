@@ -26,6 +26,8 @@ export class VmRegistry implements AsyncDisposable {
   readonly #options: VmRegistryOptions
   readonly #vms = new Map<string, RegisteredVm>()
   readonly #opening = new Map<string, Promise<RegisteredVm>>()
+  /** Marks that the catalogue did not take, by VM: noted before any later one, else the catalogue would never look for them again. */
+  readonly #unnoted = new Map<string, readonly JournalMark[]>()
 
   constructor(options: VmRegistryOptions) {
     this.#options = options
@@ -73,11 +75,20 @@ export class VmRegistry implements AsyncDisposable {
       this.#vms.delete(key)
       await old.store[Symbol.asyncDispose]().catch((error: unknown) => log.warn('a failed store did not close cleanly', { siteId, vm, error: errorMessage(error) }))
     }
+    // The journal itself is asked again, from the last one that the catalogue took.
+    this.#unnoted.delete(key)
     const path = join(directory, siteId, vm)
     await mkdir(path, { recursive: true, mode: 0o700 })
     const store = await VmStore.open({ directory: path, vm, log: log.child({ siteId, vm }), clock, sealer, ...(limits === undefined ? {} : { limits }) })
     const registered = { siteId, vm, store }
     try {
+      // The journal may hold less than the catalogue once saw only if its disk lost acknowledged data.
+      const seenSeq = catalogue.seenSeq(siteId, vm)
+      if (seenSeq > store.durableSeq) {
+        throw new CdpError('JOURNAL_DAMAGED', `the journal of VM ${vm} ends at ${store.durableSeq}, but ${seenSeq} was acknowledged`, {
+          hint: 'The storage below the journal lost data. Remove the catalogue to rebuild it from what is there, then look at the storage.', context: { siteId, vm },
+        })
+      }
       await this.#catchUp(registered)
     } catch (error) {
       await store[Symbol.asyncDispose]()
@@ -86,13 +97,6 @@ export class VmRegistry implements AsyncDisposable {
     store.onRecords = (marks) => this.#note(siteId, vm, marks)
     store.onSealed = () => this.#options.onSealed?.(siteId, vm)
     this.#vms.set(key, registered)
-    // The journal may hold less than the catalogue once saw only if its disk lost acknowledged data.
-    const lostFrom = store.durableSeq + 1
-    if (catalogue.seenSeq(siteId, vm) >= lostFrom) {
-      throw new CdpError('JOURNAL_DAMAGED', `the journal of VM ${vm} ends at ${store.durableSeq}, but ${catalogue.seenSeq(siteId, vm)} was acknowledged`, {
-        hint: 'The storage below the journal lost data. Remove the catalogue to rebuild it from what is there, then look at the storage.', context: { siteId, vm },
-      })
-    }
     return registered
   }
 
@@ -107,9 +111,12 @@ export class VmRegistry implements AsyncDisposable {
     this.#note(siteId, vm, marks)
   }
 
-  #note(siteId: string, vm: string, marks: readonly JournalMark[]): void {
-    if (marks.length === 0) return
+  #note(siteId: string, vm: string, fresh: readonly JournalMark[]): void {
+    if (fresh.length === 0) return
     const { catalogue, onValid } = this.#options
+    const key = `${siteId}/${vm}`
+    const marks = [...(this.#unnoted.get(key) ?? []), ...fresh]
+    this.#unnoted.set(key, marks)
     const valid: { vpg: string; id: string; atUnixMs: number }[] = []
     catalogue.batch(() => {
       for (const mark of marks) {
@@ -121,7 +128,7 @@ export class VmRegistry implements AsyncDisposable {
       }
       catalogue.noteSeen(siteId, vm, marks[marks.length - 1].seq)
     })
+    this.#unnoted.delete(key)
     for (const { vpg, id, atUnixMs } of valid) onValid(siteId, vpg, { id, atUnixMs })
   }
 }
-
