@@ -43,6 +43,8 @@ export const parseFrameHeader = (buffer: Buffer, offset = 0): FrameHeader => {
   const payloadRawBytes = buffer.readUInt32LE(offset + 20)
   const payloadStoredBytes = buffer.readUInt32LE(offset + 24)
   if (recordCount === 0 || recordCount > MAX_FRAME_RECORDS) throw bad('frame with a record count out of range', { recordCount })
+  const atUnixMs = readU64(buffer, offset + 32)
+  if (atUnixMs > Number.MAX_SAFE_INTEGER) throw bad('frame with a time out of range')
   if (firstSeq === 0 || firstSeq + recordCount > Number.MAX_SAFE_INTEGER) throw bad('frame with a sequence out of range')
   if (payloadRawBytes > MAX_FRAME_PAYLOAD_BYTES || payloadRawBytes % SECTOR_BYTES !== 0) throw bad('frame with a payload size out of range', { payloadRawBytes })
   if (compression === Compression.stored ? payloadStoredBytes !== payloadRawBytes : payloadStoredBytes >= payloadRawBytes) {
@@ -57,7 +59,7 @@ export const parseFrameHeader = (buffer: Buffer, offset = 0): FrameHeader => {
     payloadRawBytes,
     payloadStoredBytes,
     epoch: buffer.readUInt32LE(offset + 28),
-    atUnixMs: readU64(buffer, offset + 32),
+    atUnixMs,
     bodyCrc32c: buffer.readUInt32LE(offset + 56),
     bodyBytes: recordCount * RECORD_ENTRY_BYTES + payloadStoredBytes,
   }
@@ -83,6 +85,11 @@ export class RecordTable {
     return this.#buffer[this.#offset + index * RECORD_ENTRY_BYTES]
   }
 
+  /** Always 0 in version 1. */
+  flags(index: number): number {
+    return this.#buffer[this.#offset + index * RECORD_ENTRY_BYTES + 1]
+  }
+
   disk(index: number): number {
     return this.#buffer.readUInt16LE(this.#offset + index * RECORD_ENTRY_BYTES + 2)
   }
@@ -99,13 +106,14 @@ export class RecordTable {
     return this.#buffer.readUInt32LE(this.#offset + index * RECORD_ENTRY_BYTES + 16)
   }
 
-  /** @throws CdpError FORMAT if an entry is of an unknown kind or points outside its bounds */
+  /** @throws CdpError FORMAT if an entry is of an unknown kind, bears unknown flags or points outside its bounds */
   validate(payloadRawBytes: number): void {
     for (let index = 0; index < this.count; index++) {
       const kind = this.kind(index)
       const lengthBytes = this.lengthBytes(index)
       const offsetBytes = this.offsetBytes(index)
       if (!isKnownKind(kind)) throw bad('record of unknown kind', { kind, index })
+      if (this.flags(index) !== 0) throw bad('record with unknown flags', { kind, index, flags: this.flags(index) })
       if (offsetBytes + lengthBytes > Number.MAX_SAFE_INTEGER) throw bad('record with an offset out of range', { kind, index })
       if (hasRange(kind) && (lengthBytes === 0 || lengthBytes % SECTOR_BYTES !== 0 || offsetBytes % SECTOR_BYTES !== 0)) {
         throw bad('record whose range is not made of sectors', { kind, index, offsetBytes, lengthBytes })

@@ -70,7 +70,9 @@ const broken = (what: string): CdpError => new CdpError('STREAM_PROTOCOL', `brok
 
 export const readAck = (body: Buffer): Ack => {
   if (body.length !== 16) throw broken('ack')
-  return { epoch: body.readUInt32LE(0), durableSeq: readU64(body, 8) }
+  const durableSeq = readU64(body, 8)
+  if (durableSeq > Number.MAX_SAFE_INTEGER) throw broken('ack')
+  return { epoch: body.readUInt32LE(0), durableSeq }
 }
 
 export const readEcho = (body: Buffer): number => {
@@ -98,6 +100,7 @@ const isDisk = (value: unknown): value is DiskEntry => {
     Number.isSafeInteger(sizeBytes) && (sizeBytes as number) > 0 && (sizeBytes as number) % 512 === 0
   )
 }
+const isCount = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0
 const isName = (value: unknown): value is string => typeof value === 'string' && /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/.test(value)
 
 /** @throws CdpError STREAM_PROTOCOL */
@@ -107,21 +110,24 @@ export const readHello = (body: Buffer): Hello => {
   if (protocol !== STREAM_PROTOCOL) throw new CdpError('STREAM_PROTOCOL', `peer speaks stream protocol ${JSON.stringify(protocol)}, this side ${STREAM_PROTOCOL}`, { hint: 'Install the same version of pve-cdp on both sites.' })
   if (
     !isName(vm) || !isName(vpg) || !Array.isArray(vms) || vms.length > 1000 || !vms.every(isName) || !vms.includes(vm) ||
-    !Number.isSafeInteger(epoch) || (epoch as number) < 0 || !Array.isArray(disks) || disks.length === 0 || disks.length > 256 || !disks.every(isDisk) || typeof reason !== 'string'
+    !isCount(epoch) || !Array.isArray(disks) || disks.length === 0 || disks.length > 256 || !disks.every(isDisk) || typeof reason !== 'string'
   ) {
     throw broken('hello')
   }
-  return { protocol: STREAM_PROTOCOL, vm, vpg, vms, epoch: epoch as number, disks, reason }
+  return { protocol: STREAM_PROTOCOL, vm, vpg, vms, epoch, disks, reason }
 }
 
 /** @throws CdpError STREAM_PROTOCOL */
 export const readWelcome = (body: Buffer): Welcome => {
   const json = readJson(body, 'welcome')
   const { epoch, durableSeq, baseComplete, syncProgress, disks } = json
-  if (!Number.isSafeInteger(epoch) || !Number.isSafeInteger(durableSeq) || typeof baseComplete !== 'boolean' || typeof syncProgress !== 'object' || syncProgress === null || !Array.isArray(disks) || !disks.every(isDisk)) {
+  if (
+    !isCount(epoch) || epoch === 0 || !isCount(durableSeq) || typeof baseComplete !== 'boolean' || typeof syncProgress !== 'object' || syncProgress === null || Array.isArray(syncProgress) ||
+    !Object.values(syncProgress).every(isCount) || !Array.isArray(disks) || !disks.every(isDisk)
+  ) {
     throw broken('welcome')
   }
-  return { epoch: epoch as number, durableSeq: durableSeq as number, baseComplete, syncProgress: syncProgress as Record<string, number>, disks }
+  return { epoch, durableSeq, baseComplete, syncProgress: syncProgress as Record<string, number>, disks }
 }
 
 /** @throws CdpError STREAM_PROTOCOL */
@@ -132,4 +138,11 @@ export const readRefuse = (body: Buffer): Refuse => {
 }
 
 /** @throws CdpError STREAM_PROTOCOL */
-export const readStateNews = (body: Buffer): StateNews => readJson(body, 'state') as StateNews
+export const readStateNews = (body: Buffer): StateNews => {
+  const { validCheckpoint } = readJson(body, 'state')
+  if (validCheckpoint === undefined) return {}
+  if (typeof validCheckpoint !== 'object' || validCheckpoint === null) throw broken('state')
+  const { id, atUnixMs } = validCheckpoint as Fields
+  if (typeof id !== 'string' || !isCount(atUnixMs)) throw broken('state')
+  return { validCheckpoint: { id, atUnixMs } }
+}
