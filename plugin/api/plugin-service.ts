@@ -42,10 +42,10 @@ export class PluginService implements AsyncDisposable {
     return [...this.#vpgs.values()]
   }
 
-  /** Takes up what was defined before. */
+  /** Takes up what was defined before. A group that cannot be taken up is left alone, loudly: the daemon must run to be repaired. */
   async start(): Promise<void> {
     this.#pairing = await loadPairing(this.#pairingDirectory())
-    for (const definition of await this.#book.read()) this.#begin(definition)
+    this.#beginAll(await this.#book.read())
   }
 
   async pair(token: string): Promise<Pairing> {
@@ -53,10 +53,10 @@ export class PluginService implements AsyncDisposable {
       const pairing = await joinSite({ token, siteId: this.siteId, directory: this.#pairingDirectory() })
       this.#pairing = pairing
       this.#options.events.append({ level: 'info', kind: 'site.paired', message: `paired with ${pairing.host}:${pairing.port}`, context: { agentSiteId: pairing.agentSiteId } })
-      const definitions = this.vpgs.map(({ definition }) => definition)
+      const definitions = await this.#book.read()
       await Promise.all(this.vpgs.map((vpg) => vpg.stop(true)))
       this.#vpgs.clear()
-      for (const definition of definitions) this.#begin(definition)
+      this.#beginAll(definitions)
       return pairing
     })
   }
@@ -66,14 +66,15 @@ export class PluginService implements AsyncDisposable {
     return this.#change(async () => {
       const { name, vmIds } = definition
       cronExpression(definition.checkpointEveryMs)
-      if (this.#vpgs.has(name)) throw new CdpError('CONFLICT', `there is a VPG ${name} already`, { hint: 'Choose another name, or delete that one.' })
+      const defined = await this.#book.read()
+      if (defined.some((other) => other.name === name)) throw new CdpError('CONFLICT', `there is a VPG ${name} already`, { hint: 'Choose another name, or delete that one.' })
       if (this.#pairing === undefined) throw new CdpError('NOT_PAIRED', 'this site is not paired with a recovery site', { hint: 'Run "pvecdp pair token" there and "pvecdp pair join" here.' })
       for (const vmId of vmIds) {
-        const owner = this.vpgs.find((vpg) => vpg.definition.vmIds.includes(vmId))
-        if (owner !== undefined) throw new CdpError('CONFLICT', `VM ${vmId} belongs to the VPG ${owner.definition.name}`, { hint: 'A VM can be in one VPG.' })
+        const owner = defined.find((other) => other.vmIds.includes(vmId))
+        if (owner !== undefined) throw new CdpError('CONFLICT', `VM ${vmId} belongs to the VPG ${owner.name}`, { hint: 'A VM can be in one VPG.' })
         if (!(await vmExists(this.#options.settings.paths, vmId))) throw new CdpError('NOT_FOUND', `there is no VM ${vmId} on this node`, { hint: 'See "qm list" for the VMs of this node.' })
       }
-      await this.#book.write([...this.vpgs.map((vpg) => vpg.definition), definition])
+      await this.#book.write([...defined, definition])
       return this.#begin(definition)
     })
   }
@@ -81,10 +82,13 @@ export class PluginService implements AsyncDisposable {
   /** Ends the protection of a group; what the recovery site holds stays there. */
   async deleteVpg(name: string): Promise<void> {
     await this.#change(async () => {
-      const vpg = this.vpg(name)
-      await this.#book.write(this.vpgs.filter((other) => other !== vpg).map(({ definition }) => definition))
+      const defined = await this.#book.read()
+      const vpg = this.#vpgs.get(name)
+      const others = defined.filter((other) => other.name !== name)
+      if (vpg === undefined && others.length === defined.length) throw noSuchVpg(name)
+      await this.#book.write(others)
       this.#vpgs.delete(name)
-      await vpg.stop(false)
+      await vpg?.stop(false)
       this.#options.events.append({ level: 'info', kind: 'vpg.deleted', message: `protection of ${name} was ended`, context: { vpg: name } })
     })
   }
@@ -92,7 +96,7 @@ export class PluginService implements AsyncDisposable {
   /** @throws CdpError NOT_FOUND */
   vpg(name: string): Vpg {
     const vpg = this.#vpgs.get(name)
-    if (vpg === undefined) throw new CdpError('NOT_FOUND', `there is no VPG ${name}`, { hint: 'See "pvecdp vpg list".' })
+    if (vpg === undefined) throw noSuchVpg(name)
     return vpg
   }
 
@@ -104,6 +108,19 @@ export class PluginService implements AsyncDisposable {
 
   #pairingDirectory(): string {
     return join(this.#options.settings.stateDirectory, 'pairing')
+  }
+
+  #beginAll(definitions: readonly VpgDefinition[]): void {
+    for (const definition of definitions) {
+      try {
+        this.#begin(definition)
+      } catch (error) {
+        this.#vpgs.delete(definition.name)
+        const { log, events } = this.#options
+        log.error('a VPG is defined and not protected', { vpg: definition.name, error })
+        events.append({ level: 'error', kind: 'vpg.not-started', message: `${definition.name} is not protected: ${errorMessage(error)}`, context: { vpg: definition.name } })
+      }
+    }
   }
 
   #begin(definition: VpgDefinition): Vpg {
@@ -128,3 +145,5 @@ export class PluginService implements AsyncDisposable {
     return result
   }
 }
+
+const noSuchVpg = (name: string): CdpError => new CdpError('NOT_FOUND', `there is no VPG ${name}`, { hint: 'See "pvecdp vpg list".' })

@@ -10,7 +10,7 @@ export const cronExpression = (everyMs: number): string => {
   const seconds = everyMs / 1000
   if (Number.isInteger(seconds) && seconds >= 1 && seconds <= 60 && 60 % seconds === 0) return seconds === 60 ? '0 * * * * *' : `*/${seconds} * * * * *`
   const minutes = seconds / 60
-  if (Number.isInteger(minutes) && minutes <= 60 && 60 % minutes === 0) return minutes === 60 ? '0 0 * * * *' : `0 */${minutes} * * * *`
+  if (Number.isInteger(minutes) && minutes >= 1 && minutes <= 60 && 60 % minutes === 0) return minutes === 60 ? '0 0 * * * *' : `0 */${minutes} * * * *`
   throw new CdpError('BAD_INPUT', `checkpoints cannot be cut every ${seconds} s`, { hint: 'Choose seconds that divide a minute (1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60) or minutes that divide an hour.' })
 }
 

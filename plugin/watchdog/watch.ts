@@ -12,6 +12,7 @@ export class Watchdog implements Disposable {
   readonly #healthy: () => boolean
   #child: ChildProcess | undefined
   #timer: NodeJS.Timeout | undefined
+  #respawn: NodeJS.Timeout | undefined
   #disposed = false
 
   /** @param healthy false: a worker hangs and could not be ended; no sign of life is given any more */
@@ -30,8 +31,9 @@ export class Watchdog implements Disposable {
   [Symbol.dispose](): void {
     this.#disposed = true
     clearInterval(this.#timer)
+    clearTimeout(this.#respawn)
     this.#child?.stdin?.end()
-    this.#child?.removeAllListeners()
+    this.#child?.removeAllListeners('exit')
   }
 
   #spawn(): void {
@@ -39,13 +41,20 @@ export class Watchdog implements Disposable {
     const child = spawn(process.execPath, ['--max-old-space-size=16', '--max-semi-space-size=1', file, String(process.pid), String(LIMIT_MS)], { stdio: ['pipe', 'ignore', 'inherit'], detached: true })
     this.#child = child
     child.stdin?.on('error', () => undefined)
-    child.on('error', (error) => this.#log.error('the watchdog cannot be started', { error: error.message }))
+    child.on('error', (error) => {
+      this.#log.error('the watchdog cannot be started', { error: error.message })
+      // Without a process there is no 'exit'.
+      if (child.pid === undefined) this.#again()
+    })
     child.on('exit', () => {
       if (this.#disposed) return
       this.#log.error('the watchdog has ended and is started again')
-      setTimeout(() => {
-        if (!this.#disposed) this.#spawn()
-      }, 500)
+      this.#again()
     })
+  }
+
+  #again(): void {
+    clearTimeout(this.#respawn)
+    if (!this.#disposed) this.#respawn = setTimeout(() => this.#spawn(), 500)
   }
 }
