@@ -6,7 +6,8 @@ import { CdpError, errorCode, errorMessage } from '../../core/errors/index.ts'
 import type { FilePool } from '../index/index.ts'
 
 const decompress = promisify(zstdDecompress)
-const FIRST_READ_BYTES = 64 * 1024
+const LEAST_READ_BYTES = 16 * 1024
+const MOST_GUESSED_BYTES = 1280 * 1024
 /** Smaller payloads are decompressed at once: a turn of the thread pool costs more. */
 const INLINE_DECOMPRESS_BYTES = 32 * 1024
 
@@ -25,6 +26,8 @@ export class FrameCache {
   readonly #loading = new Map<number, Promise<Buffer>>()
   readonly #fileIds = new Map<string, number>()
   #bytes = 0
+  /** How much is read at first: frames of one journal are often alike. */
+  #guessBytes = 64 * 1024
   loads = 0
   hits = 0
 
@@ -82,12 +85,13 @@ export class FrameCache {
   async #load(key: number, place: FramePlace, files: FilePool): Promise<Buffer> {
     this.loads++
     try {
-      let buffer = Buffer.allocUnsafeSlow(FIRST_READ_BYTES)
+      let buffer = Buffer.allocUnsafeSlow(this.#guessBytes)
       const bytes = await files.read(place.path, buffer, place.frameOffset)
       buffer = buffer.subarray(0, bytes)
       const header = parseFrameHeader(buffer)
       if (header.firstSeq < place.firstSeq || header.lastSeq > place.lastSeq) throw new CdpError('FORMAT', `a frame with sequence ${header.firstSeq} stands in the wrong place`)
       const wanted = FRAME_HEADER_BYTES + header.bodyBytes
+      this.#guessBytes = Math.min(MOST_GUESSED_BYTES, Math.max(LEAST_READ_BYTES, Math.ceil(wanted / 4096) * 4096))
       if (wanted > bytes) {
         const whole = Buffer.allocUnsafeSlow(wanted)
         buffer.copy(whole)

@@ -30,6 +30,8 @@ export type StatusExtent = { lengthBytes: number; isHole: boolean }
 
 const ZEROES = Buffer.alloc(1024 * 1024)
 const LOADS_AT_ONCE = 4
+/** Up to so many pieces are sent as they are; more are copied into one buffer. */
+const FEW_PIECES = 8
 const READ_AHEAD_BYTES = 4 * 1024 * 1024
 const STATUS_STEP_BYTES = 64 * 1024 * 1024
 const STATUS_MAX_EXTENTS = 512
@@ -149,45 +151,52 @@ export class RecoveryPoint {
   }
 
   async #assemble(disk: number, pieces: readonly Piece[]): Promise<Uint8Array[]> {
-    const parts: Uint8Array[] = []
-    const work: (() => Promise<void>)[] = []
-    const byFrame = new Map<number, { piece: Piece; part: number }[]>()
-    for (let at = 0; at < pieces.length; at++) {
-      const piece = pieces[at]
-      if (piece.from === 'data') {
-        const key = this.#frameKey(piece)
-        const payload = this.#options.frames.get(key)
-        if (payload !== undefined) parts.push(cut(payload, piece))
-        else {
-          const waiting = byFrame.get(key)
-          if (waiting === undefined) byFrame.set(key, [{ piece, part: parts.length }])
-          else waiting.push({ piece, part: parts.length })
-          parts.push(ZEROES)
-        }
-      } else if (piece.from === 'zero') {
-        for (let left = piece.lengthBytes; left > 0; left -= ZEROES.length) parts.push(left < ZEROES.length ? ZEROES.subarray(0, left) : ZEROES)
-      } else {
-        let { lengthBytes } = piece
-        while (at + 1 < pieces.length && (pieces[at + 1].from === 'base' || pieces[at + 1].from === 'promoted')) lengthBytes += pieces[++at].lengthBytes
-        const part = parts.length
-        parts.push(ZEROES)
-        work.push(async () => void (parts[part] = await this.#readBase(disk, piece.offsetBytes, lengthBytes)))
-      }
-    }
-    for (const [key, waiting] of byFrame) {
-      work.push(async () => {
-        const payload = await this.#options.frames.load(key, this.#framePlace(waiting[0].piece), this.#options.files)
-        for (const { piece, part } of waiting) parts[part] = cut(payload, piece)
-      })
-    }
-    await allAtOnce(work, LOADS_AT_ONCE)
-    return parts
+    if (pieces.length > FEW_PIECES) return [await this.#assembleOne(disk, pieces)]
+    const parts: Uint8Array[][] = pieces.map(() => [])
+    await allAtOnce(pieces.map((piece, at) => async () => {
+      if (piece.from === 'zero') parts[at] = zeroes(piece.lengthBytes)
+      else if (piece.from === 'data') parts[at] = [cut(await this.#payload(piece), piece)]
+      else parts[at] = [await this.#readBase(disk, piece.offsetBytes, Buffer.allocUnsafeSlow(piece.lengthBytes))]
+    }), LOADS_AT_ONCE)
+    return parts.flat()
   }
 
-  async #readBase(disk: number, offsetBytes: number, lengthBytes: number): Promise<Buffer> {
-    const buffer = Buffer.allocUnsafeSlow(lengthBytes)
+  /** Many small pieces go into one buffer: the mirror is read in one go below them where that is not much more than is needed. */
+  async #assembleOne(disk: number, pieces: readonly Piece[]): Promise<Buffer> {
+    const first = pieces[0].offsetBytes
+    const end = pieces[pieces.length - 1].offsetBytes + pieces[pieces.length - 1].lengthBytes
+    const whole = Buffer.allocUnsafeSlow(end - first)
+    const inBase = pieces.filter((piece) => piece.from === 'base' || piece.from === 'promoted')
+    const baseBytes = inBase.reduce((sum, piece) => sum + piece.lengthBytes, 0)
+    if (inBase.length > 1 && baseBytes * 4 > whole.length) await this.#readBase(disk, first, whole)
+    else await allAtOnce(inBase.map((piece) => async () => void (await this.#readBase(disk, piece.offsetBytes, whole.subarray(piece.offsetBytes - first, piece.offsetBytes - first + piece.lengthBytes)))), LOADS_AT_ONCE)
+    const byFrame = new Map<number, Piece[]>()
+    for (const piece of pieces) {
+      const at = piece.offsetBytes - first
+      if (piece.from === 'zero') whole.fill(0, at, at + piece.lengthBytes)
+      if (piece.from !== 'data') continue
+      const key = this.#frameKey(piece)
+      const payload = this.#options.frames.get(key)
+      if (payload !== undefined) copyPiece(payload, piece, whole, at)
+      else byFrame.set(key, [...(byFrame.get(key) ?? []), piece])
+    }
+    await allAtOnce(Array.from(byFrame.values(), (waiting) => async () => {
+      const payload = await this.#payload(waiting[0])
+      for (const piece of waiting) copyPiece(payload, piece, whole, piece.offsetBytes - first)
+    }), LOADS_AT_ONCE)
+    return whole
+  }
+
+  /** Raw payload of a piece's frame: at hand, or loaded. */
+  async #payload(piece: Piece): Promise<Buffer> {
+    const { frames, files } = this.#options
+    const key = this.#frameKey(piece)
+    return frames.get(key) ?? frames.load(key, this.#framePlace(piece), files)
+  }
+
+  async #readBase(disk: number, offsetBytes: number, buffer: Buffer): Promise<Buffer> {
     const bytes = await this.#options.files.read(mirrorPath(this.#options.vmDirectory, disk), buffer, offsetBytes)
-    return bytes < lengthBytes ? buffer.fill(0, bytes) : buffer
+    return bytes < buffer.length ? buffer.fill(0, bytes) : buffer
   }
 
   /** Loads the frames behind a sequential read, so that the next one finds them. */
@@ -244,10 +253,25 @@ export class RecoveryPoint {
   }
 }
 
-const cut = (payload: Buffer, { payloadOffset, lengthBytes }: Piece): Uint8Array => {
+const checkPiece = (payload: Buffer, { payloadOffset, lengthBytes }: Piece): void => {
   if (payloadOffset + lengthBytes > payload.length) throw new CdpError('JOURNAL_DAMAGED', 'the index points behind the end of a frame')
-  const view = payload.subarray(payloadOffset, payloadOffset + lengthBytes)
-  return lengthBytes * KEEP_VIEW_PART < payload.buffer.byteLength ? Buffer.from(view) : view
+}
+
+const cut = (payload: Buffer, piece: Piece): Uint8Array => {
+  checkPiece(payload, piece)
+  const view = payload.subarray(piece.payloadOffset, piece.payloadOffset + piece.lengthBytes)
+  return piece.lengthBytes * KEEP_VIEW_PART < payload.buffer.byteLength ? Buffer.from(view) : view
+}
+
+const copyPiece = (payload: Buffer, piece: Piece, target: Buffer, at: number): void => {
+  checkPiece(payload, piece)
+  payload.copy(target, at, piece.payloadOffset, piece.payloadOffset + piece.lengthBytes)
+}
+
+const zeroes = (lengthBytes: number): Uint8Array[] => {
+  const parts: Uint8Array[] = []
+  for (let left = lengthBytes; left > 0; left -= ZEROES.length) parts.push(left < ZEROES.length ? ZEROES.subarray(0, left) : ZEROES)
+  return parts
 }
 
 /** Runs all of `work`, `limit` at a time; waits for those begun even if one fails. */
