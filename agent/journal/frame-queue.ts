@@ -13,7 +13,7 @@ export type QueuedFrame = {
 
 /** Frames in order of sequence, counted in bytes; what was taken counts until `release`. */
 export class FrameQueue {
-  #frames: QueuedFrame[] = []
+  #frames: (QueuedFrame | undefined)[] = []
   #head = 0
   #bytes = 0
 
@@ -37,7 +37,9 @@ export class FrameQueue {
 
   take(): QueuedFrame | undefined {
     if (this.#head === this.#frames.length) return undefined
-    const frame = this.#frames[this.#head++]
+    const frame = this.#frames[this.#head]
+    // Taken bytes must not live on in the queue.
+    this.#frames[this.#head++] = undefined
     if (this.#head === this.#frames.length) {
       this.#frames = []
       this.#head = 0

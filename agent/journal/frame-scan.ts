@@ -24,6 +24,8 @@ export type ScanEvent =
 const WINDOW_BYTES = 2 * MAX_FRAME_BYTES
 const MAGIC_BYTES = Buffer.alloc(4)
 MAGIC_BYTES.writeUInt32LE(FRAME_MAGIC)
+/** First page of a run: a leaf, or the header page if it is empty. */
+const RUN_MAGIC_BYTES = [Buffer.from('CDPL'), Buffer.from('CDPR')]
 
 /** Reads a file through one reused buffer. Views are valid until the next call. */
 class Window {
@@ -68,9 +70,16 @@ const headerAt = async (window: Window, offsetBytes: number, limitBytes: number)
   }
 }
 
+/** Frames end with the range, or where an index run begins that a sealing left behind. */
+const framesEndAt = async (window: Window, offsetBytes: number, toBytes: number): Promise<boolean> => {
+  if (offsetBytes === toBytes) return true
+  const next = await window.view(offsetBytes, RUN_MAGIC_BYTES[0].length, toBytes)
+  return RUN_MAGIC_BYTES.some((magic) => magic.equals(next))
+}
+
 /**
- * True if intact headers follow each other from here to `lastSeq`. A guest's disk may hold anything, frames of another journal
- * too, so one frame that looks right proves nothing.
+ * True if intact headers follow each other from here to `lastSeq` and the end of the frames. A guest's disk may hold anything,
+ * frames of a journal too, so frames that look right prove nothing.
  */
 const chainHolds = async (window: Window, first: FrameHeader, offsetBytes: number, toBytes: number, lastSeq: number): Promise<boolean> => {
   let header = first
@@ -78,7 +87,7 @@ const chainHolds = async (window: Window, first: FrameHeader, offsetBytes: numbe
   for (;;) {
     at += FRAME_HEADER_BYTES + header.bodyBytes
     if (at > toBytes) return false
-    if (header.lastSeq === lastSeq) return true
+    if (header.lastSeq === lastSeq) return framesEndAt(window, at, toBytes)
     const next = await headerAt(window, at, toBytes)
     if (next instanceof CdpError || next.firstSeq !== header.lastSeq + 1 || next.lastSeq > lastSeq) return false
     header = next

@@ -82,3 +82,43 @@ test('a file shorter than what was acknowledged is damage, not a torn tail: the 
   expect(await readdir(join(directory.path, 'journal'))).toContain('0000000000000006.seg')
   expect(store.durableSeq).toBe(6)
 }, 60_000)
+
+test('a hole above the last promise with whole frames behind it is cut: a power failure may leave that', async () => {
+  await using directory = await memoryDirectory()
+  const { path, bytes, commits } = await record(directory.path)
+  const holed = Buffer.from(bytes).fill(0, commits[0].endBytes, commits[1].endBytes)
+  await writeFile(path, holed)
+  await writeFile(join(directory.path, 'durable.hint'), commits[0].hint)
+  await using store = await openStore(directory.path, sealer)
+  expect({ durableSeq: store.durableSeq, damage: store.damage() }).toEqual({ durableSeq: 2, damage: [] })
+  expect(store.openReport.tornTail).toEqual({ segment: 0, firstSeq: 3, lastSeq: undefined, cutBytes: bytes.length - commits[0].endBytes })
+  expect(await framesOf(store)).toEqual([2])
+})
+
+test('a frame inside the data of a damaged frame is never taken for one of the journal', async () => {
+  await using directory = await memoryDirectory()
+  const write = (firstSeq: number, data: Buffer): Buffer => buildFrame({ firstSeq, records: [{ kind: RecordKind.write, offsetBytes: 0, data }] })
+  const decoy = Buffer.alloc(8192)
+  // What a guest may have on its disk: whole frames with the very sequences that are expected next.
+  for (const [at, firstSeq] of [[0, 4], [1000, 5], [2000, 3], [3000, 4], [4000, 5]]) write(firstSeq, Buffer.alloc(512, 0xdd)).copy(decoy, at)
+  const frames = [write(2, Buffer.alloc(512, 2)), write(3, decoy), write(4, Buffer.alloc(512, 4)), write(5, Buffer.alloc(512, 5))]
+  const first = await openReadyStore(directory.path, sealer)
+  for (const frame of frames) first.accept(Buffer.from(frame))
+  await first.flush()
+  const { path } = first.segments[0]
+  await first[Symbol.asyncDispose]()
+  const bytes = await readFile(path)
+  bytes[128 + frames[0].length + 10] ^= 4
+  await writeFile(path, bytes)
+  await using store = await openStore(directory.path, sealer)
+  expect(store.damage()).toMatchObject([{ firstSeq: 3, lastSeq: 3 }])
+  const offset = 128 + frames[0].length + frames[1].length
+  expect((await store.readFrame(0, offset)).payload.equals(Buffer.alloc(512, 4))).toBe(true)
+  const seen: number[] = []
+  await expect(async () => {
+    for await (const { header } of store.recordsOf(0)) seen.push(header.firstSeq)
+  }).rejects.toMatchObject({ code: 'JOURNAL_DAMAGED', context: { firstSeq: 3, lastSeq: 3 } })
+  expect(seen).toEqual([2])
+  for await (const { header, table } of store.recordsOf(0, { fromSeq: 4 })) seen.push(header.firstSeq, table.lengthBytes(0))
+  expect(seen).toEqual([2, 4, 512, 5, 512])
+})
