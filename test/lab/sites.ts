@@ -14,10 +14,13 @@ export class LabDaemon {
   readonly api: ApiClient
   readonly logPath: string
   readonly #configPath: string
+  readonly #nodeArgs: readonly string[]
   #child: ChildProcess | undefined
 
-  constructor(name: 'agent' | 'plugin', rootDir: string, config: SiteConfig) {
+  /** @param nodeArgs for node, before the program: --inspect and the like */
+  constructor(name: 'agent' | 'plugin', rootDir: string, config: SiteConfig, nodeArgs: readonly string[] = []) {
     this.name = name
+    this.#nodeArgs = nodeArgs
     this.rootDir = rootDir
     mkdirSync(join(rootDir, 'lab'), { recursive: true })
     this.#configPath = join(rootDir, 'lab', `${name}.json`)
@@ -33,7 +36,7 @@ export class LabDaemon {
   /** Starts it and waits until it answers. */
   async start(): Promise<void> {
     const log = openSync(this.logPath, 'a')
-    const child = spawn(process.execPath, [join(projectDir(), 'dist', this.name, 'main.js'), '--config', this.#configPath], { stdio: ['ignore', log, log] })
+    const child = spawn(process.execPath, [...this.#nodeArgs, join(projectDir(), 'dist', this.name, 'main.js'), '--config', this.#configPath], { stdio: ['ignore', log, log] })
     closeSync(log)
     this.#child = child
     const deadlineMs = performance.now() + 20_000
@@ -92,7 +95,7 @@ export class LabDaemon {
   }
 }
 
-export type SitesOptions = { rootDir: string; plugin?: SiteConfig; agent?: SiteConfig }
+export type SitesOptions = { rootDir: string; plugin?: SiteConfig; agent?: SiteConfig; pluginNodeArgs?: readonly string[] }
 
 /** Both sites on one machine, below one root directory, paired. */
 export class Sites {
@@ -100,18 +103,19 @@ export class Sites {
   readonly agent: LabDaemon
   readonly plugin: LabDaemon
 
-  private constructor(rootDir: string, agent: SiteConfig, plugin: SiteConfig) {
+  private constructor(rootDir: string, agent: SiteConfig, plugin: SiteConfig, pluginNodeArgs: readonly string[]) {
     this.rootDir = rootDir
     this.agent = new LabDaemon('agent', rootDir, agent)
-    this.plugin = new LabDaemon('plugin', rootDir, plugin)
+    this.plugin = new LabDaemon('plugin', rootDir, plugin, pluginNodeArgs)
   }
 
   /** Starts both daemons and pairs them. The root directory is laid out as a Proxmox node already. */
-  static async start({ rootDir, plugin = {}, agent = {} }: SitesOptions): Promise<Sites> {
+  static async start({ rootDir, plugin = {}, agent = {}, pluginNodeArgs = [] }: SitesOptions): Promise<Sites> {
     const sites = new Sites(
       rootDir,
       { ...agentConfig(rootDir), ...agent },
       { ...pluginConfig(rootDir), ...plugin },
+      pluginNodeArgs,
     )
     mkdirSync(join(rootDir, 'etc/pve'), { recursive: true })
     await Promise.all([sites.agent.start(), sites.plugin.start()])
