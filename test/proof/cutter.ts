@@ -3,10 +3,18 @@ import type { CutBracket, WriteHistory } from '../../agent/proof/index.ts'
 import { pluginApi } from '../../core/api/index.ts'
 import { CdpError } from '../../core/errors/index.ts'
 import type { Sites } from '../lab/sites.ts'
+import type { Load } from './load.ts'
 import { Random } from '../kit/random.ts'
-import { VPG } from './rig.ts'
+import { DISK_COUNT, VPG } from './rig.ts'
 
-/** Asks the plugin for tagged checkpoints at random moments, one or several at once, and remembers what was acknowledged around each. */
+export type CutterOptions = { sites: Sites; history: WriteHistory; load: Load; seed: number; meanPauseMs: number }
+
+const SPRINT_MS = 12
+
+/**
+ * Asks the plugin for tagged checkpoints at random moments, one or several at once, two thirds of them while the writers sprint, and remembers
+ * what was acknowledged around each.
+ */
 export class Cutter {
   /** Checkpoint id -> what is known of its moment. */
   readonly brackets = new Map<string, CutBracket>()
@@ -14,19 +22,21 @@ export class Cutter {
   refused = 0
   readonly #sites: Sites
   readonly #history: WriteHistory
+  readonly #load: Load
   readonly #random: Random
   readonly #ending = new AbortController()
   #running: Promise<void> = Promise.resolve()
 
-  private constructor(sites: Sites, history: WriteHistory, seed: number) {
+  private constructor({ sites, history, load, seed }: CutterOptions) {
     this.#sites = sites
     this.#history = history
+    this.#load = load
     this.#random = new Random(seed)
   }
 
   /** Cuts until stopped. `meanPauseMs` lies between two requests, or bursts of up to three, on average. */
-  static start(options: { sites: Sites; history: WriteHistory; seed: number; meanPauseMs: number }): Cutter {
-    const cutter = new Cutter(options.sites, options.history, options.seed)
+  static start(options: CutterOptions): Cutter {
+    const cutter = new Cutter(options)
     cutter.#running = cutter.#run(options.meanPauseMs)
     cutter.#running.catch(() => undefined)
     return cutter
@@ -47,6 +57,10 @@ export class Cutter {
     const random = this.#random
     const { signal } = this.#ending
     while (!signal.aborted) {
+      if (random.chance(0.67)) {
+        this.#load.sprint(SPRINT_MS, random.int(0, DISK_COUNT))
+        await delay(random.int(0, 8))
+      }
       const burst = random.chance(0.2) ? random.int(2, 4) : 1
       await Promise.all(Array.from({ length: burst }, () => this.#cut()))
       const pauseMs = -Math.log(1 - random.u32() / 0x1_0000_0000) * meanPauseMs

@@ -11,6 +11,7 @@ const SIZES_SECTORS = [1, 2, 7, 8, 8, 8, 8, 8, 16, 16, 33, 64, 128]
 /** Where about a third of the writes go: written again and again. */
 const HOT_SECTORS = 96
 const PACE_MS = 5
+const HEAVY_SECTORS = 128
 
 export type LoadOptions = { history: WriteHistory; disks: readonly ProofDisk[]; seed: number; writesPerSec: number }
 export type LoadFigures = { writes: number; flushes: number; writtenBytes: number; slowestMs: number }
@@ -29,6 +30,8 @@ export class Load {
   readonly #filling: Buffer
   readonly #ending = new AbortController()
   #tokens = 0
+  #sprintUntilMs = 0
+  #heavyDisk = 0
   #waiting: (() => void)[] = []
   #running: Promise<unknown> = Promise.resolve()
   #failure: { error: unknown } | undefined
@@ -56,6 +59,16 @@ export class Load {
     return load
   }
 
+  /**
+   * For so long all writers go as fast as they can, and the streams write large blocks to one VM. A wrong cut shows only if dependent writes
+   * fall between what it does to one VM and to the other: so they lie dense, and one VM's worker is busier than the other's.
+   */
+  sprint(forMs: number, heavyDisk: number): void {
+    this.#sprintUntilMs = performance.now() + forMs
+    this.#heavyDisk = heavyDisk
+    for (const resolve of this.#waiting.splice(0)) resolve()
+  }
+
   /** Throws what stopped a writer, if one was. */
   check(): void {
     if (this.#failure !== undefined) throw this.#failure.error
@@ -72,6 +85,10 @@ export class Load {
     this.#ending.abort()
     await this.#running
     for (const client of this.#clients.flat()) await client[Symbol.asyncDispose]()
+  }
+
+  get #sprinting(): boolean {
+    return performance.now() < this.#sprintUntilMs
   }
 
   get #over(): boolean {
@@ -106,7 +123,8 @@ export class Load {
     const lanes = Array.from({ length: depth }, async () => {
       while (!this.#over) {
         await this.#turn()
-        await this.#write(writer, random.int(0, this.#options.disks.length), random)
+        if (this.#sprinting) await this.#write(writer, this.#heavyDisk, random, { sizeSectors: HEAVY_SECTORS })
+        else await this.#write(writer, random.int(0, this.#options.disks.length), random)
         if (random.chance(0.002)) await delay(random.int(1, 30))
       }
     })
@@ -173,7 +191,7 @@ export class Load {
 
   /** Waits until the rate allows one more. */
   async #turn(): Promise<void> {
-    if (this.#tokens > 0 && this.#waiting.length === 0) return
+    if (this.#sprinting || (this.#tokens > 0 && this.#waiting.length === 0)) return
     const { promise, resolve } = Promise.withResolvers<void>()
     this.#waiting.push(resolve)
     return promise
@@ -185,7 +203,7 @@ export class Load {
     while (!this.#over) {
       await delay(PACE_MS)
       const nowMs = performance.now()
-      this.#tokens = Math.min(perTurn * 4, this.#tokens + ((nowMs - lastMs) * this.#options.writesPerSec) / 1000)
+      this.#tokens = Math.min(perTurn * 4, Math.max(-perTurn * 4, this.#tokens) + ((nowMs - lastMs) * this.#options.writesPerSec) / 1000)
       lastMs = nowMs
       for (let free = Math.min(Math.ceil(this.#tokens), KNOWLEDGE_WINDOW); free > 0; free--) this.#waiting.shift()?.()
     }

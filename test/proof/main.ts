@@ -14,6 +14,8 @@ const SABOTAGE_CHECKPOINTS = 12
 const say = (line: string): void => void process.stderr.write(`${line}\n`)
 const answer = (value: object): void => void process.stdout.write(`${JSON.stringify(value)}\n`)
 
+const ending = new AbortController()
+
 const positive = (name: string, text: string): number => {
   const value = Number(text)
   if (!Number.isSafeInteger(value) || value < 1 || value >= 2 ** 31) throw new CdpError('BAD_INPUT', `--${name} ${text}: expected a whole number from 1 on`, { hint: usage })
@@ -44,8 +46,9 @@ const main = async (): Promise<number> => {
     seed: positive('seed', values.seed),
     writesPerSec: positive('writes-per-sec', values['writes-per-sec']),
     rpoLimitMs: positive('rpo-limit-ms', values['rpo-limit-ms']),
-    meanPauseMs: 60,
+    meanPauseMs: 40,
     say,
+    signal: ending.signal,
   }
   if (!sabotaged) {
     const result = await runProof(options)
@@ -59,10 +62,13 @@ const main = async (): Promise<number> => {
   return (found.violations ?? 0) > 0 ? 1 : 3
 }
 
+// A second one ends the process at once.
+for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => ending.abort())
 try {
   process.exitCode = await main()
 } catch (error) {
-  say(Error.isError(error) ? (error.stack ?? error.message) : errorMessage(error))
+  const badInput = error instanceof CdpError && error.code === 'BAD_INPUT'
+  say(Error.isError(error) && !badInput ? (error.stack ?? error.message) : errorMessage(error))
   if (error instanceof CdpError && error.hint !== undefined) say(`hint: ${error.hint}`)
   answer({ ok: false, error: errorMessage(error) })
   process.exitCode = 2

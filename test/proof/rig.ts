@@ -8,7 +8,7 @@ export type ProofDisk = { vmId: number; key: string; socketPath: string }
 export const VPG = 'proof'
 const DISK_BYTES = 16 << 20
 /** Size of each disk's stamped region; the rest of the disk stays blank. */
-export const REGION_BYTES = 2 << 20
+export const REGION_BYTES = 1 << 20
 export const REGION_SECTORS = REGION_BYTES / STAMP_BYTES
 
 const VMS: readonly { vmId: number; shape: VmShape }[] = [
@@ -16,6 +16,7 @@ const VMS: readonly { vmId: number; shape: VmShape }[] = [
   { vmId: 102, shape: '8.4' },
 ]
 const KEYS = ['scsi0', 'scsi1'] as const
+export const DISK_COUNT = VMS.length * KEYS.length
 
 /** Two VMs without an OS, in both shapes, two disks each, and both sites around them, paired; nothing is protected yet. */
 export class Rig {

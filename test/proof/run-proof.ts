@@ -1,7 +1,7 @@
 import { randomInt } from 'node:crypto'
 import { WriteHistory } from '../../agent/proof/index.ts'
 import { CdpError } from '../../core/errors/index.ts'
-import { makeTempDir } from '../lab/index.ts'
+import { leaksOf, makeTempDir } from '../lab/index.ts'
 import { Cutter } from './cutter.ts'
 import { Inspector } from './inspector.ts'
 import { Load, WRITER_COUNT } from './load.ts'
@@ -17,6 +17,8 @@ export type ProofOptions = {
   /** The newest valid checkpoint may never be older. */
   rpoLimitMs: number
   say: (line: string) => void
+  /** Ends the run early, with ABORTED and everything cleaned up. */
+  signal: AbortSignal
 }
 
 export type ProofResult = {
@@ -46,11 +48,19 @@ export type ProofRemains = { rig: Rig; history: WriteHistory; inspector: Inspect
  * @param afterwards called with the files still there
  */
 export const runProof = async (options: ProofOptions, afterwards?: (remains: ProofRemains) => Promise<void>): Promise<ProofResult> => {
-  const { checkpoints, seed, say } = options
+  const startedAtMs = performance.now()
+  await using dir = makeTempDir()
+  const result = await run(dir.path, options, afterwards)
+  const left = leaksOf(dir.path)
+  if (left.length > 0) throw new CdpError('INTERNAL', `something was left behind: ${left.join('; ')}`)
+  return { ...result, seconds: Math.round((performance.now() - startedAtMs) / 1000) }
+}
+
+const run = async (rootDir: string, options: ProofOptions, afterwards?: (remains: ProofRemains) => Promise<void>): Promise<ProofResult> => {
+  const { checkpoints, seed, say, signal } = options
   const startedAtMs = performance.now()
   const sinceStart = (): string => `${((performance.now() - startedAtMs) / 1000).toFixed(1)} s`
-  await using dir = makeTempDir()
-  await using rig = await Rig.start(dir.path)
+  await using rig = await Rig.start(rootDir)
   const { sites, disks } = rig
   say(`${sinceStart()}: two VMs and both sites are up, seed ${seed}`)
   const history = new WriteHistory({ runId: randomInt(1, 2 ** 32), writerCount: WRITER_COUNT, sectorsOfDisks: disks.map(() => REGION_SECTORS) })
@@ -60,10 +70,11 @@ export const runProof = async (options: ProofOptions, afterwards?: (remains: Pro
   say(`${sinceStart()}: protected under load, ${history.count} writes so far`)
 
   await using rpo = RpoWatch.start(sites, VPG)
-  await using cutter = Cutter.start({ sites, history, seed: seed + 1000, meanPauseMs: options.meanPauseMs })
+  await using cutter = Cutter.start({ sites, history, load, seed: seed + 1000, meanPauseMs: options.meanPauseMs })
   const inspector = new Inspector({ sites, history, disks, brackets: cutter.brackets, say })
   let saidAtMs = performance.now()
   await inspector.run(checkpoints, 60_000, () => {
+    if (signal.aborted) throw new CdpError('ABORTED', 'the proof was ended early')
     load.check()
     if (performance.now() - saidAtMs < 2000) return
     saidAtMs = performance.now()
@@ -88,5 +99,5 @@ export const runProof = async (options: ProofOptions, afterwards?: (remains: Pro
     await sites.agent.stop()
     await afterwards({ rig, history, inspector })
   }
-  return { ...result, seconds: Math.round((performance.now() - startedAtMs) / 1000) }
+  return result
 }
