@@ -1,5 +1,5 @@
 /** What the acknowledgements of about one second cost, in microseconds. */
-export type AckLatency = { count: number; p50Us: number; p99Us: number; maxUs: number }
+export type AckLatency = { count: number; p50Us: number; p99Us: number; maxUs: number; /** Acknowledgements that a group cut over nodes held back, and the longest such wait; not in the other figures. */ held: { count: number; maxUs: number } }
 
 const BUCKETS = 64
 
@@ -15,9 +15,16 @@ export class AckMeter {
   readonly #counts = new Uint32Array(BUCKETS * 2)
   #count = 0
   #maxUs = 0
+  #heldCount = 0
+  #heldMaxUs = 0
 
-  /** A batch of `requests` was acknowledged `us` microseconds after it had arrived. */
-  add(us: number, requests: number): void {
+  /** A batch of `requests` was acknowledged `us` microseconds after it had arrived; `held`: a group cut held it back, which says nothing of how fast capture is. */
+  add(us: number, requests: number, held: boolean): void {
+    if (held) {
+      this.#heldCount += requests
+      if (us > this.#heldMaxUs) this.#heldMaxUs = us
+      return
+    }
     this.#counts[bucketOf(us)] += requests
     this.#count += requests
     if (us > this.#maxUs) this.#maxUs = us
@@ -25,10 +32,12 @@ export class AckMeter {
 
   /** The figures since the last call. */
   take(): AckLatency {
-    const taken = { count: this.#count, p50Us: this.#quantile(0.5), p99Us: this.#quantile(0.99), maxUs: Math.round(this.#maxUs) }
+    const taken = { count: this.#count, p50Us: this.#quantile(0.5), p99Us: this.#quantile(0.99), maxUs: Math.round(this.#maxUs), held: { count: this.#heldCount, maxUs: Math.round(this.#heldMaxUs) } }
     this.#counts.fill(0)
     this.#count = 0
     this.#maxUs = 0
+    this.#heldCount = 0
+    this.#heldMaxUs = 0
     return taken
   }
 

@@ -11,6 +11,7 @@ import { RaceGuard, SyncRun } from '../sync/index.ts'
 import { AckMeter } from './ack-meter.ts'
 import { MAX_WRITE_BYTES } from './connection.ts'
 import type { CapturedDisk } from './connection.ts'
+import { CutHold } from './cut-hold.ts'
 import { CutLog, GroupClock } from './group-clock.ts'
 import type { CaptureEvent, CaptureRequests, CaptureWorkerData } from './messages.ts'
 import { Recorder } from './recorder.ts'
@@ -55,7 +56,8 @@ export class CaptureSession implements AsyncDisposable {
   #attached = false
   #durableSeq = 0
   #consistentFromSeq = Infinity
-  #held: { namedSeq: number; timer: NodeJS.Timeout } | undefined
+  readonly #connections = new Map<string, number>()
+  readonly #hold = new CutHold(() => this.#target.releaseHeld())
   #reconnect: NodeJS.Timeout | undefined
   #reconnectMs = RECONNECT_FIRST_MS
   #sync: AbortController | undefined
@@ -83,14 +85,22 @@ export class CaptureSession implements AsyncDisposable {
         slabs: this.#largeSlabs,
         meter: this.#meter,
         stampBatch: () => this.#cutLog.stamp(options.clock.read(), this.#recorder.lastSeq),
-        holding: () => this.#held !== undefined,
+        holding: () => this.#hold.isOn,
         cutFromReads: (disk, offsetBytes, lengthBytes) => {
           if (this.#guard.busy) this.#guard.cut(disk, offsetBytes, lengthBytes)
         },
       },
       events: {
-        opened: (key) => options.emit({ is: 'target', key, state: 'opened', clean: false, why: '' }),
-        closed: (key, clean, why) => options.emit({ is: 'target', key, state: 'closed', clean, why }),
+        opened: (key) => {
+          this.#connections.set(key, (this.#connections.get(key) ?? 0) + 1)
+          options.emit({ is: 'target', key, state: 'opened', clean: false, why: '' })
+        },
+        closed: (key, clean, why) => {
+          this.#connections.set(key, (this.#connections.get(key) ?? 1) - 1)
+          // What the guest wrote from here on is not captured, although it is acknowledged: no marker may follow.
+          if (this.#connections.get(key) === 0) this.#hold.end()
+          options.emit({ is: 'target', key, state: 'closed', clean, why })
+        },
       },
     })
   }
@@ -105,6 +115,7 @@ export class CaptureSession implements AsyncDisposable {
     await this.#dropSender()
     const sender = this.#newSender()
     const welcome = await sender.open(this.#hello(0, reason))
+    const agentLostData = welcome.durableSeq < this.#durableSeq
     this.#recorder.begin(welcome.epoch, welcome.durableSeq, !welcome.baseComplete)
     this.#durableSeq = welcome.durableSeq
     this.#consistentFromSeq = Infinity
@@ -112,7 +123,7 @@ export class CaptureSession implements AsyncDisposable {
     this.#recorder.mark(RecordKind.epoch, 0, { ...epoch, disks: this.#options.disks })
     this.#useSender(sender, welcome)
     this.#attached = true
-    return welcome
+    return { ...welcome, agentLostData }
   }
 
   async sync({ kind, reason, exportSocketPath, disks, rateBytesPerSec }: Ask<'sync'>): Answer<'sync'> {
@@ -156,24 +167,22 @@ export class CaptureSession implements AsyncDisposable {
     return this.#mark(this.#cutLog.namedSeq(c), mark)
   }
 
-  async hold({ holdMs }: Ask<'hold'>): Answer<'hold'> {
+  async hold({ cutId, holdMs }: Ask<'hold'>): Answer<'hold'> {
     if (!this.#isConsistent()) return { refused: 'capture is not in step' }
-    if (this.#held !== undefined) return { refused: 'another cut is under way' }
     const namedSeq = this.#recorder.lastSeq
-    this.#held = { namedSeq, timer: setTimeout(() => this.#endHold(), holdMs) }
-    return { namedSeq }
+    return this.#hold.begin(cutId, namedSeq, holdMs) ? { namedSeq } : { refused: 'another cut is under way' }
   }
 
-  async commit({ mark }: Ask<'commit'>): Answer<'commit'> {
-    const held = this.#held
-    if (held === undefined) return { refused: 'the hold ran out' }
-    const answer = this.#mark(held.namedSeq, mark)
-    this.#endHold()
+  async commit({ cutId, mark }: Ask<'commit'>): Answer<'commit'> {
+    const namedSeq = this.#hold.namedSeq(cutId)
+    if (namedSeq === undefined) return { refused: 'the hold ran out' }
+    const answer = this.#mark(namedSeq, mark)
+    this.#hold.end()
     return answer
   }
 
-  async release(): Answer<'release'> {
-    this.#endHold()
+  async release({ cutId }: Ask<'release'>): Answer<'release'> {
+    if (this.#hold.namedSeq(cutId) !== undefined) this.#hold.end()
     return {}
   }
 
@@ -226,7 +235,7 @@ export class CaptureSession implements AsyncDisposable {
         peakBytes: this.#queue.peakBytes, linkUp: this.#linkUp, ack, loopLateMs,
       },
     })
-    const worstMs = Math.max(ack.maxUs / 1000, ack.count > 0 ? loopLateMs : 0)
+    const worstMs = Math.max(ack.maxUs / 1000, ack.held.maxUs / 1000, ack.count > 0 ? loopLateMs : 0)
     const p99Counts = ack.count >= MIN_ACKS_FOR_P99
     if (this.#attached && ((p99Counts && ack.p99Us / 1000 > slowAck.p99Ms) || worstMs > slowAck.maxMs)) {
       this.#letGo(`capture slow: acknowledgements took p99 ${Math.round(ack.p99Us / 1000)} ms, at worst ${Math.round(worstMs)} ms`)
@@ -236,7 +245,7 @@ export class CaptureSession implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     this.#disposed = true
     this.#attached = false
-    this.#endHold()
+    this.#hold.end()
     this.#stopSync('capture stops')
     await this.#target[Symbol.asyncDispose]()
     await this.#dropSender()
@@ -249,22 +258,15 @@ export class CaptureSession implements AsyncDisposable {
   }
 
   #isConsistent(): boolean {
-    return this.#attached && this.#consistentFromSeq !== Infinity
+    return this.#attached && this.#consistentFromSeq !== Infinity && this.#disks.every(({ key }) => (this.#connections.get(key) ?? 0) > 0)
   }
 
   #mark(namedSeq: number | undefined, mark: Ask<'cut'>['mark']): CaptureRequests['cut']['answer'] {
-    if (!this.#isConsistent()) return { refused: this.#attached ? 'a sync is under way' : 'capture is not attached' }
+    if (!this.#isConsistent()) return { refused: this.#attached ? 'capture is not in step' : 'capture is not attached' }
     if (namedSeq === undefined || namedSeq < this.#consistentFromSeq) return { refused: 'the cut lies before the end of the sync' }
     this.#recorder.mark(RecordKind.checkpoint, namedSeq, mark)
     this.#recorder.flush()
     return { namedSeq }
-  }
-
-  #endHold(): void {
-    if (this.#held === undefined) return
-    clearTimeout(this.#held.timer)
-    this.#held = undefined
-    this.#target.releaseHeld()
   }
 
   #onFrame(): void {
@@ -278,7 +280,7 @@ export class CaptureSession implements AsyncDisposable {
     if (!this.#attached) return
     this.#attached = false
     this.#consistentFromSeq = Infinity
-    this.#endHold()
+    this.#hold.end()
     this.#stopSync(why)
     this.#target.letGo()
     this.#options.emit({ is: 'letGo', why })
@@ -355,6 +357,7 @@ export class CaptureSession implements AsyncDisposable {
     this.#sender = sender
     try {
       const welcome = await sender.open(this.#hello(this.#recorder.epoch, 'reconnect'))
+      if (welcome.durableSeq < this.#durableSeq) throw new CdpError('STALE_EPOCH', 'the agent has lost data that it had acknowledged')
       if (this.#sender === sender) this.#useSender(sender, welcome)
     } catch (error) {
       if (this.#sender === sender) this.#onLinkLost(toCdpError(error, 'CLOSED'))

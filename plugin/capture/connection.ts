@@ -48,6 +48,7 @@ export class CaptureConnection implements nbd.RequestSink {
   #replies = Buffer.allocUnsafeSlow(REPLIES_PER_BUFFER * nbd.SIMPLE_REPLY_BYTES)
   #replyBytes = 0
   #arrivedMs = 0
+  #heldSinceMs = 0
   #clean = false
 
   constructor(socket: Socket, disk: CapturedDisk, host: ConnectionHost) {
@@ -90,7 +91,9 @@ export class CaptureConnection implements nbd.RequestSink {
 
   /** Sends what was held. */
   releaseHeld(): void {
-    if (this.#replyBytes > 0) this.#sendReplies()
+    if (this.#replyBytes === 0) return
+    this.#arrivedMs = this.#heldSinceMs
+    this.#sendReplies(true)
   }
 
   onRequest(type: number, _flags: number, cookieHigh: number, cookieLow: number, offsetBytes: number, lengthBytes: number): void {
@@ -168,17 +171,21 @@ export class CaptureConnection implements nbd.RequestSink {
   #finishBatch(): void {
     if (this.#replyBytes === 0) return
     this.#host.stampBatch()
-    if (this.#host.holding()) return
-    this.#sendReplies()
+    if (this.#host.holding()) {
+      if (this.#heldSinceMs === 0) this.#heldSinceMs = this.#arrivedMs
+      return
+    }
+    this.#sendReplies(false)
   }
 
-  #sendReplies(): void {
+  #sendReplies(held: boolean): void {
     const replyBytes = this.#replyBytes
     this.#replyBytes = 0
+    this.#heldSinceMs = 0
     this.#socket.write(this.#replies.subarray(0, replyBytes), reportWriteError)
     // What the kernel did not take at once still reads from the buffer: leave that one to it.
     if (this.#socket.writableLength > 0) this.#replies = Buffer.allocUnsafeSlow(REPLIES_PER_BUFFER * nbd.SIMPLE_REPLY_BYTES)
-    this.#host.meter.add((performance.now() - this.#arrivedMs) * 1000, replyBytes / nbd.SIMPLE_REPLY_BYTES)
+    this.#host.meter.add((performance.now() - this.#arrivedMs) * 1000, replyBytes / nbd.SIMPLE_REPLY_BYTES, held)
   }
 
   #growReplies(): void {

@@ -26,16 +26,17 @@ export type CaptureWorkerData = {
 
 export type CaptureRequests = {
   /** Connects to the agent as a new attach; everything captured from here on gets its place after `durableSeq`. */
-  open: { ask: { reason: string; epoch: Omit<EpochMark, 'disks'> }; answer: Welcome }
+  open: { ask: { reason: string; epoch: Omit<EpochMark, 'disks'> }; answer: Welcome & { /** Less is durable there than it had acknowledged to this worker. */ agentLostData: boolean } }
   /** Copies disks; resolves when the sync's end is recorded. */
   sync: { ask: { kind: SyncKind; reason: string; exportSocketPath: string; disks: (SyncDisk & { exportName: string; totalBytes: number })[]; rateBytesPerSec: number }; answer: { lastSeq: number } }
   /** Group cut on one node: everything stamped with E <= c. */
   cut: { ask: { c: number; mark: CheckpointMark }; answer: { namedSeq: number } | { refused: string } }
   /** First phase of a group cut over several nodes: hold acknowledgements, at most so long. */
-  hold: { ask: { holdMs: number }; answer: { namedSeq: number } | { refused: string } }
-  /** Second phase: the marker names what `hold` answered; refused if the hold has lapsed. */
-  commit: { ask: { mark: CheckpointMark }; answer: { namedSeq: number } | { refused: string } }
-  release: { ask: object; answer: object }
+  hold: { ask: { cutId: string; holdMs: number }; answer: { namedSeq: number } | { refused: string } }
+  /** Second phase: the marker names what `hold` answered; refused if that cut's hold has lapsed, whatever else is held meanwhile. */
+  commit: { ask: { cutId: string; mark: CheckpointMark }; answer: { namedSeq: number } | { refused: string } }
+  /** Ends the hold of that cut, if it is on. */
+  release: { ask: { cutId: string }; answer: object }
   /** The comparison speaks of everything up to `upToSeq`; without it, up to now. */
   proof: { ask: { mark: ProofMark; upToSeq?: number }; answer: object }
   /** The captured bytes per disk key and the newest sequence, as of now. */

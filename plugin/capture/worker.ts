@@ -30,7 +30,7 @@ const answer = async (message: ToWorker): Promise<unknown> => {
     case 'cut': return session.cut(message.ask)
     case 'hold': return session.hold(message.ask)
     case 'commit': return session.commit(message.ask)
-    case 'release': return session.release()
+    case 'release': return session.release(message.ask)
     case 'proof': return session.proof(message.ask)
     case 'captured': return session.captured()
     case 'restartCopy': return session.restartCopy()

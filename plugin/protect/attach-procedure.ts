@@ -16,12 +16,13 @@ const HANDSHAKE_DEADLINE_MS = 2_000
 export type SyncPlan = { kind: SyncKind; why: string; fromBitmaps: boolean; fromBytes: (disk: number) => number; wholeAbove: boolean }
 
 /** Decides the kind of sync from what the agent holds and what QEMU's bitmaps prove. Pure. */
-export const planSync = (welcome: Welcome, memory: VmMemory | undefined, bitmapsWereThere: boolean, why: string): SyncPlan => {
+export const planSync = (welcome: Welcome & { agentLostData?: boolean }, memory: VmMemory | undefined, bitmapsWereThere: boolean, why: string): SyncPlan => {
   const copied = (disk: number): number => welcome.syncProgress[String(disk)] ?? 0
   if (!welcome.baseComplete) {
     if (memory?.bitmaps === 'copying' && bitmapsWereThere) return { kind: 'initial', why: `first copy goes on: ${why}`, fromBitmaps: true, fromBytes: copied, wholeAbove: true }
     return { kind: 'initial', why: 'first copy', fromBitmaps: false, fromBytes: () => 0, wholeAbove: true }
   }
+  if (welcome.agentLostData === true) return { kind: 'full', why: 'the recovery site lost data that it had acknowledged', fromBitmaps: false, fromBytes: () => 0, wholeAbove: true }
   if (memory?.bitmaps === 'covered' && bitmapsWereThere) return { kind: 'bitmap', why, fromBitmaps: true, fromBytes: () => 0, wholeAbove: false }
   return { kind: 'full', why: `${why}; no bitmap says what changed`, fromBitmaps: false, fromBytes: () => 0, wholeAbove: true }
 }
