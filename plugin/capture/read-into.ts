@@ -29,6 +29,8 @@ export const readInto = (accepted: Socket, { nextBuffer, onRead }: Reading): Soc
     },
   }
   const socket = new Socket(options as ConstructorParameters<typeof Socket>[0])
+  // The server counts the socket that it accepted: its close would wait for that one for ever.
+  socket.once('close', () => accepted.destroy())
   socket.resume()
   return socket
 }
