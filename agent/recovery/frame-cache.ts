@@ -4,10 +4,17 @@ import { Compression, FRAME_HEADER_BYTES, RECORD_ENTRY_BYTES, decodeFramePayload
 import type { FrameHeader } from '../../core/record/index.ts'
 import { CdpError, errorCode, errorMessage } from '../../core/errors/index.ts'
 import type { FilePool } from '../index/index.ts'
+import { blocksAround, sumBlocks, verifyBlocks } from './block-sums.ts'
+import type { PayloadSums } from './block-sums.ts'
 
 const decompress = promisify(zstdDecompress)
 const LEAST_READ_BYTES = 16 * 1024
 const MOST_GUESSED_BYTES = 1280 * 1024
+/** Of smaller frames a part is never read: the whole is as fast. */
+const LEAST_SUMMED_BYTES = 64 * 1024
+/** A part is read by itself if it is less than this share of its frame. */
+const PART = 8
+const MAX_SUMS_BYTES = 16 * 1024 * 1024
 /** Smaller payloads are decompressed at once: a turn of the thread pool costs more. */
 const INLINE_DECOMPRESS_BYTES = 32 * 1024
 
@@ -18,17 +25,22 @@ type Cached = { payload: Buffer; bytes: number }
 
 /**
  * Decoded payloads of frames, least recently used out first, bounded in bytes. A frame is checked from its first byte to
- * its last before anything of it is handed out; several readers of one frame share one load.
+ * its last before anything of it is handed out; several readers of one frame share one load. Of a large frame that is stored
+ * as it is, sums of its blocks are kept when it goes, so that later a few of its sectors can be read and checked by themselves.
  */
 export class FrameCache {
   readonly #maxBytes: number
   readonly #cached = new Map<number, Cached>()
   readonly #loading = new Map<number, Promise<Buffer>>()
+  readonly #sums = new Map<number, PayloadSums>()
+  #sumsBytes = 0
   readonly #fileIds = new Map<string, number>()
   #bytes = 0
   /** How much is read at first: frames of one journal are often alike. */
   #guessBytes = 64 * 1024
   loads = 0
+  /** Reads of a part of a frame. */
+  parts = 0
   hits = 0
 
   constructor(maxBytes: number) {
@@ -68,6 +80,30 @@ export class FrameCache {
   }
 
   /**
+   * `lengthBytes` of the raw payload of a frame from `payloadOffset` on; to be copied or sent at once, for it is often a view of all of it.
+   * @throws CdpError JOURNAL_DAMAGED if the frame is not what was written; Node's ENOENT if its segment is gone
+   */
+  async loadPart(key: number, place: FramePlace, files: FilePool, payloadOffset: number, lengthBytes: number): Promise<Buffer> {
+    const known = this.#cached.has(key) || this.#loading.has(key) ? undefined : this.#sums.get(key)
+    if (known !== undefined && lengthBytes * PART < known.payloadBytes && payloadOffset + lengthBytes <= known.payloadBytes) {
+      this.parts++
+      const { startBytes, endBytes } = blocksAround(known, payloadOffset, lengthBytes)
+      try {
+        const blocks = Buffer.allocUnsafeSlow(endBytes - startBytes)
+        const bytes = await files.read(place.path, blocks, known.payloadAtBytes + startBytes)
+        verifyBlocks(known, blocks.subarray(0, bytes), startBytes)
+        if (bytes < blocks.length) throw new CdpError('FORMAT', 'frame is cut short')
+        return blocks.subarray(payloadOffset - startBytes, payloadOffset - startBytes + lengthBytes)
+      } catch (error) {
+        throw asDamage(error, place)
+      }
+    }
+    const payload = await this.load(key, place, files)
+    if (payloadOffset + lengthBytes > payload.length) throw asDamage(new CdpError('FORMAT', 'the index points behind the end of the frame'), place)
+    return payload.subarray(payloadOffset, payloadOffset + lengthBytes)
+  }
+
+  /**
    * The raw payload of a frame.
    * @throws CdpError JOURNAL_DAMAGED if the frame is not what was written; Node's ENOENT if its segment is gone
    */
@@ -97,18 +133,29 @@ export class FrameCache {
         buffer.copy(whole)
         const rest = await files.read(place.path, whole.subarray(bytes), place.frameOffset + bytes)
         buffer = whole.subarray(0, bytes + rest)
+      } else if (wanted * 2 < buffer.buffer.byteLength) {
+        // The guess was far too high: the rest of the buffer must not stay in memory with the frame.
+        buffer = Buffer.from(buffer.subarray(0, wanted))
       }
       verifyFrameBody(header, buffer, FRAME_HEADER_BYTES)
       const storedAt = FRAME_HEADER_BYTES + header.recordCount * RECORD_ENTRY_BYTES
       const payload = await decode(header, buffer.subarray(storedAt, storedAt + header.payloadStoredBytes))
       this.#keep(key, payload)
+      if (header.compression === Compression.stored && payload.length >= LEAST_SUMMED_BYTES) this.#keepSums(key, sumBlocks(payload, place.frameOffset + storedAt))
       return payload
     } catch (error) {
-      if (errorCode(error) !== 'CHECKSUM' && errorCode(error) !== 'FORMAT') throw error
-      const { path, segment, frameOffset } = place
-      throw new CdpError('JOURNAL_DAMAGED', `segment ${segment} is damaged at byte ${frameOffset}: ${errorMessage(error)}`, {
-        cause: error, hint: 'choose a checkpoint before the damage, or let a sync heal it', context: { path, segment, offsetBytes: frameOffset },
-      })
+      throw asDamage(error, place)
+    }
+  }
+
+  #keepSums(key: number, sums: PayloadSums): void {
+    if (this.#sums.has(key)) return
+    this.#sums.set(key, sums)
+    this.#sumsBytes += sumsMemory(sums)
+    for (const [oldKey, old] of this.#sums) {
+      if (this.#sumsBytes <= MAX_SUMS_BYTES) break
+      this.#sums.delete(oldKey)
+      this.#sumsBytes -= sumsMemory(old)
     }
   }
 
@@ -125,6 +172,15 @@ export class FrameCache {
     }
   }
 }
+
+const sumsMemory = (sums: PayloadSums): number => sums.sums.byteLength + 200
+
+const asDamage = (error: unknown, { path, segment, frameOffset }: FramePlace): unknown =>
+  errorCode(error) !== 'CHECKSUM' && errorCode(error) !== 'FORMAT'
+    ? error
+    : new CdpError('JOURNAL_DAMAGED', `segment ${segment} is damaged at byte ${frameOffset}: ${errorMessage(error)}`, {
+        cause: error, hint: 'choose a checkpoint before the damage, or let a sync heal it', context: { path, segment, offsetBytes: frameOffset },
+      })
 
 const decode = async (header: FrameHeader, stored: Buffer): Promise<Buffer> => {
   if (header.compression === Compression.stored || header.payloadRawBytes <= INLINE_DECOMPRESS_BYTES) return decodeFramePayload(header, stored)

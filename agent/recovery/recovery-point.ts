@@ -155,7 +155,7 @@ export class RecoveryPoint {
     const parts: Uint8Array[][] = pieces.map(() => [])
     await allAtOnce(pieces.map((piece, at) => async () => {
       if (piece.from === 'zero') parts[at] = zeroes(piece.lengthBytes)
-      else if (piece.from === 'data') parts[at] = [cut(await this.#payload(piece), piece)]
+      else if (piece.from === 'data') parts[at] = [compact(await this.#dataOf(piece))]
       else parts[at] = [await this.#readBase(disk, piece.offsetBytes, Buffer.allocUnsafeSlow(piece.lengthBytes))]
     }), LOADS_AT_ONCE)
     return parts.flat()
@@ -177,21 +177,18 @@ export class RecoveryPoint {
       if (piece.from !== 'data') continue
       const key = this.#frameKey(piece)
       const payload = this.#options.frames.get(key)
-      if (payload !== undefined) copyPiece(payload, piece, whole, at)
+      if (payload !== undefined && piece.payloadOffset + piece.lengthBytes <= payload.length) payload.copy(whole, at, piece.payloadOffset, piece.payloadOffset + piece.lengthBytes)
       else byFrame.set(key, [...(byFrame.get(key) ?? []), piece])
     }
     await allAtOnce(Array.from(byFrame.values(), (waiting) => async () => {
-      const payload = await this.#payload(waiting[0])
-      for (const piece of waiting) copyPiece(payload, piece, whole, piece.offsetBytes - first)
+      for (const piece of waiting) (await this.#dataOf(piece)).copy(whole, piece.offsetBytes - first)
     }), LOADS_AT_ONCE)
     return whole
   }
 
-  /** Raw payload of a piece's frame: at hand, or loaded. */
-  async #payload(piece: Piece): Promise<Buffer> {
+  #dataOf(piece: Piece): Promise<Buffer> {
     const { frames, files } = this.#options
-    const key = this.#frameKey(piece)
-    return frames.get(key) ?? frames.load(key, this.#framePlace(piece), files)
+    return frames.loadPart(this.#frameKey(piece), this.#framePlace(piece), files, piece.payloadOffset, piece.lengthBytes)
   }
 
   async #readBase(disk: number, offsetBytes: number, buffer: Buffer): Promise<Buffer> {
@@ -253,20 +250,7 @@ export class RecoveryPoint {
   }
 }
 
-const checkPiece = (payload: Buffer, { payloadOffset, lengthBytes }: Piece): void => {
-  if (payloadOffset + lengthBytes > payload.length) throw new CdpError('JOURNAL_DAMAGED', 'the index points behind the end of a frame')
-}
-
-const cut = (payload: Buffer, piece: Piece): Uint8Array => {
-  checkPiece(payload, piece)
-  const view = payload.subarray(piece.payloadOffset, piece.payloadOffset + piece.lengthBytes)
-  return piece.lengthBytes * KEEP_VIEW_PART < payload.buffer.byteLength ? Buffer.from(view) : view
-}
-
-const copyPiece = (payload: Buffer, piece: Piece, target: Buffer, at: number): void => {
-  checkPiece(payload, piece)
-  payload.copy(target, at, piece.payloadOffset, piece.payloadOffset + piece.lengthBytes)
-}
+const compact = (data: Buffer): Buffer => (data.length * KEEP_VIEW_PART < data.buffer.byteLength ? Buffer.from(data) : data)
 
 const zeroes = (lengthBytes: number): Uint8Array[] => {
   const parts: Uint8Array[] = []
