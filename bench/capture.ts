@@ -37,7 +37,7 @@ const startCapture = async (targetPath: string, sizeBytes: number): Promise<Work
 }
 
 /** Capture alone against the same job into `nbdkit null`, the floor that a C target reaches, in alternating rounds. */
-const run = async ({ quick, wants, say, scratchDirectory }: BenchOptions): Promise<Figure[]> => {
+const run = async ({ quick, wants, say, scratchDirectory, signal }: BenchOptions): Promise<Figure[]> => {
   const figures: Figure[] = []
   await using source = await SourceDisk.start(scratchDirectory, 'capture', SIZE_BYTES)
   await using nbdkit = await Nbdkit.start(scratchDirectory, 'null', String(SIZE_BYTES))
@@ -47,10 +47,10 @@ const run = async ({ quick, wants, say, scratchDirectory }: BenchOptions): Promi
   try {
     for (const { name, load, unit, of, direction } of cases.filter((one) => wants(one.name))) {
       const rounds = []
-      const bare = await fio(source.uri, { ...load, seconds: quick ? 1 : 3 })
+      const bare = await fio(source.uri, { ...load, seconds: quick ? 1 : 3 }, { signal })
       for (let round = 0; round < (quick ? 1 : 5); round++) {
-        const reference = of(await source.mirrored({ socketPath: nbdkit.socketPath, exportName: '' }, () => fio(source.uri, { ...load, seconds })))
-        const ours = of(await source.mirrored({ socketPath: targetPath, exportName: 'scsi0' }, () => fio(source.uri, { ...load, seconds })))
+        const reference = of(await source.mirrored({ socketPath: nbdkit.socketPath, exportName: '' }, () => fio(source.uri, { ...load, seconds }, { signal })))
+        const ours = of(await source.mirrored({ socketPath: targetPath, exportName: 'scsi0' }, () => fio(source.uri, { ...load, seconds }, { signal })))
         rounds.push({ ours, reference })
         say(`${name} round ${round}: ours ${ours.toFixed(1)} ${unit}, nbdkit null ${reference.toFixed(1)}`)
       }

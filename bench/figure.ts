@@ -48,5 +48,10 @@ export type BenchOptions = {
   quick: boolean
   wants: (name: string) => boolean
   say: (line: string) => void
+  /** For sockets and small files: a short path. */
   scratchDirectory: string
+  /** On a real disk, for what is made durable. */
+  diskDirectory: string
+  /** Aborted when the run is given up. */
+  signal: AbortSignal
 }

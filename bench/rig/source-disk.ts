@@ -1,11 +1,18 @@
 import { spawn, type ChildProcess } from 'node:child_process'
-import { closeSync, openSync, ftruncateSync, rmSync } from 'node:fs'
+import { randomBytes } from 'node:crypto'
+import { once } from 'node:events'
+import { closeSync, openSync, ftruncateSync, rmSync, writeSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import { checkHandshake } from '../../core/nbd/index.ts'
 import { withQmp } from '../../core/qmp/index.ts'
+import { memoryImagePath } from './disk-directory.ts'
 
 /** Where a mirror job writes to. */
 export type MirrorTarget = { socketPath: string; exportName: string } | { host: string; port: number; exportName: string; tlsDirectory: string }
+
+/** The read-only export that a sync reads from. */
+export const BASE_EXPORT = 'base'
+const FILL_BYTES = 16 * 1024 * 1024
 
 /**
  * A disk as QEMU has it below a guest, served writable to fio by qemu-storage-daemon: the same block layer and the same mirror job, without
@@ -14,40 +21,52 @@ export type MirrorTarget = { socketPath: string; exportName: string } | { host: 
 export class SourceDisk implements AsyncDisposable {
   readonly uri: string
   readonly sizeBytes: number
+  readonly nbdPath: string
   readonly #child: ChildProcess
   readonly #imagePath: string
   readonly #qmpPath: string
 
-  private constructor(child: ChildProcess, imagePath: string, qmpPath: string, uri: string, sizeBytes: number) {
+  private constructor(child: ChildProcess, imagePath: string, qmpPath: string, nbdPath: string, sizeBytes: number) {
     this.#child = child
     this.#imagePath = imagePath
     this.#qmpPath = qmpPath
-    this.uri = uri
+    this.nbdPath = nbdPath
+    this.uri = `nbd+unix:///disk0?socket=${nbdPath}`
     this.sizeBytes = sizeBytes
   }
 
-  static async start(directory: string, name: string, sizeBytes: number): Promise<SourceDisk> {
-    const imagePath = `/dev/shm/cdp-bench-${process.pid}-${name}.raw`
+  /** `filled`: every block holds data that do not compress. */
+  static async start(directory: string, name: string, sizeBytes: number, { filled = false } = {}): Promise<SourceDisk> {
+    const imagePath = memoryImagePath(name)
     const image = openSync(imagePath, 'w')
     ftruncateSync(image, sizeBytes)
+    if (filled) {
+      const data = randomBytes(FILL_BYTES)
+      for (let at = 0; at < sizeBytes; at += FILL_BYTES) writeSync(image, data, 0, Math.min(FILL_BYTES, sizeBytes - at), at)
+    }
     closeSync(image)
     const nbdPath = `${directory}/${name}.nbd`
     const qmpPath = `${directory}/${name}.qmp`
-    const child = spawn('qemu-storage-daemon', [
+    const child = spawn('setpriv', [
+      '--pdeathsig', 'KILL', '--', 'qemu-storage-daemon',
       '--chardev', `socket,id=qmp,path=${qmpPath},server=on,wait=off`, '--monitor', 'chardev=qmp', '--object', 'iothread,id=io0',
       '--blockdev', `driver=file,node-name=file0,filename=${imagePath},aio=threads`, '--blockdev', 'driver=raw,node-name=disk0,file=file0',
       '--nbd-server', `addr.type=unix,addr.path=${nbdPath}`, '--export', 'type=nbd,id=export0,node-name=disk0,name=disk0,writable=on,iothread=io0',
+      '--export', `type=nbd,id=export1,node-name=disk0,name=${BASE_EXPORT},writable=off,iothread=io0`,
     ], { stdio: ['ignore', 'ignore', 'inherit'] })
+    const source = new SourceDisk(child, imagePath, qmpPath, nbdPath, sizeBytes)
     for (let attempt = 0; ; attempt++) {
       try {
-        await checkHandshake({ path: nbdPath }, 'disk0', 1000)
-        break
+        await checkHandshake({ path: nbdPath }, BASE_EXPORT, 1000)
+        return source
       } catch (error) {
-        if (attempt > 100) throw error
+        if (attempt > 100) {
+          await source[Symbol.asyncDispose]()
+          throw error
+        }
         await delay(50)
       }
     }
-    return new SourceDisk(child, imagePath, qmpPath, `nbd+unix:///disk0?socket=${nbdPath}`, sizeBytes)
   }
 
   /** Runs `work` while everything written to the disk is mirrored, by the job that capture uses. */
@@ -88,7 +107,11 @@ export class SourceDisk implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#child.kill('SIGKILL')
+    if (this.#child.exitCode === null && this.#child.signalCode === null) {
+      const ended = once(this.#child, 'exit')
+      this.#child.kill('SIGKILL')
+      await ended
+    }
     rmSync(this.#imagePath, { force: true })
   }
 }
