@@ -4,13 +4,13 @@ import { CdpError, errorCode, errorMessage } from '../errors/index.ts'
 import { clientTlsOptions } from '../pki/index.ts'
 import type { ClientTls } from '../pki/index.ts'
 import { keepAliveDelayMs } from './protocols.ts'
-import type { pairProtocol, streamProtocol } from './protocols.ts'
+import type { nodeProtocol, pairProtocol, streamProtocol } from './protocols.ts'
 
 export type ConnectOptions = {
   host: string
   port: number
   tls: ClientTls
-  alpn: typeof streamProtocol | typeof pairProtocol
+  alpn: typeof streamProtocol | typeof pairProtocol | typeof nodeProtocol
   /** From now to the end of the handshake; 10 s if not given. */
   deadlineMs?: number
   nowUnixMs?: () => number

@@ -6,7 +6,7 @@ import { CdpError, errorCode, errorMessage } from '../errors/index.ts'
 import type { Logger } from '../log/index.ts'
 import { judgeCertificate, serverTlsOptions } from '../pki/index.ts'
 import type { Distrust, TlsIdentity } from '../pki/index.ts'
-import { keepAliveDelayMs, pairProtocol, streamProtocol } from './protocols.ts'
+import { keepAliveDelayMs, nodeProtocol, pairProtocol, streamProtocol } from './protocols.ts'
 import { RefusalLog } from './refusal-log.ts'
 
 /** A verified peer: the site id is the CN of a certificate that our authority signed for clients. */
@@ -25,9 +25,11 @@ export type ListenOptions = {
   tls: TlsIdentity
   log: Logger
   /** Takes over a verified stream. It attaches its listeners before it returns. */
-  onStream: (socket: TLSSocket, peer: PeerIdentity) => void
+  onStream?: (socket: TLSSocket, peer: PeerIdentity) => void
   /** Takes over a connection without a client certificate, for pairing. */
-  onPair: (socket: TLSSocket) => void
+  onPair?: (socket: TLSSocket) => void
+  /** Takes over a verified connection of another node of the cluster; `siteId` is that node's name. */
+  onNode?: (socket: TLSSocket, peer: PeerIdentity) => void
   /** A second look at a genuine peer: a reason to refuse it, or undefined. */
   admit?: (peer: PeerIdentity) => string | undefined
   /** From the TCP connection to the end of the TLS handshake. */
@@ -59,7 +61,7 @@ export const listenSecure = async (options: ListenOptions): Promise<SecureListen
 
   const secure = createTlsServer({
     ...serverTlsOptions(tls),
-    ALPNProtocols: [streamProtocol, pairProtocol],
+    ALPNProtocols: [...(options.onStream ? [streamProtocol] : []), ...(options.onPair ? [pairProtocol] : []), ...(options.onNode ? [nodeProtocol] : [])],
     handshakeTimeout: options.handshakeDeadlineMs ?? 10_000,
   })
   const tcp = createTcpServer({ noDelay: true, keepAlive: true, keepAliveInitialDelay: keepAliveDelayMs }, (socket) => {
@@ -106,8 +108,9 @@ export const listenSecure = async (options: ListenOptions): Promise<SecureListen
     open.add(socket)
     socket.once('close', () => open.delete(socket))
     try {
-      if (outcome.peer === undefined) options.onPair(socket)
-      else options.onStream(socket, outcome.peer)
+      if (outcome.peer === undefined) options.onPair?.(socket)
+      else if (socket.alpnProtocol === nodeProtocol) options.onNode?.(socket, outcome.peer)
+      else options.onStream?.(socket, outcome.peer)
     } catch (error) {
       log.error('a connection could not be taken over', { address: socket.remoteAddress, error })
       socket.destroy()
@@ -146,13 +149,16 @@ export const listenSecure = async (options: ListenOptions): Promise<SecureListen
   }
 }
 
+/** Whose client shows a certificate. */
+const verified = new Set<string | false | null>([streamProtocol, nodeProtocol])
+
 type Admission = { peer: PeerIdentity | undefined } | { refusal: Refusal; detail?: string }
 
 const admission = (socket: TLSSocket, options: Pick<ListenOptions, 'tls' | 'admit' | 'nowUnixMs'>): Admission => {
   // A resumed session skips the certificate's verification; our own clients never resume.
   if (socket.isSessionReused()) return { refusal: 'session-resumed' }
   if (socket.alpnProtocol === pairProtocol) return { peer: undefined }
-  if (socket.alpnProtocol !== streamProtocol) return { refusal: 'unknown-protocol' }
+  if (!verified.has(socket.alpnProtocol)) return { refusal: 'unknown-protocol' }
   const verdict = judgeCertificate(socket.getPeerX509Certificate(), {
     authorityPem: options.tls.authorityPem,
     usage: 'client',
