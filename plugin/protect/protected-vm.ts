@@ -217,14 +217,22 @@ export class ProtectedVm implements AsyncDisposable {
     try {
       const running = await findRunningVm(this.#options.settings.paths, this.vmId)
       if (this.#stopped || (this.#looked && running?.instance === this.#running?.instance)) return
+      const why = running === undefined ? undefined : await this.#whyMet(running)
+      if (this.#stopped) return
       this.#looked = true
       this.#running = running
-      this.#dispatch(running === undefined ? { on: 'vmStopped' } : { on: 'vmStarted' })
+      this.#dispatch(running === undefined ? { on: 'vmStopped' } : { on: 'vmStarted', why })
     } catch (error) {
       this.#log.warn('the VM could not be looked for', { error: errorMessage(error) })
     } finally {
       this.#polling = false
     }
+  }
+
+  /** Met at the first look with a memory of this very QEMU: it was protected before, by an earlier life of the plugin. */
+  async #whyMet(running: RunningVm): Promise<string> {
+    if (this.#looked) return 'the VM was started'
+    return (await this.#memory.read(running.instance)) === undefined ? 'the VM runs' : 'the plugin was started again'
   }
 
   async #attach(attachNumber: number, why: string): Promise<void> {

@@ -10,7 +10,8 @@ export type VmState =
   | { is: 'tracking'; why: string; sinceUnixMs: number }
 
 export type VmEvent =
-  | { on: 'vmStarted' }
+  /** `why`: what is known of it beyond that it runs. */
+  | { on: 'vmStarted'; why?: string }
   | { on: 'vmStopped' }
   /** Time to try again after something went wrong. */
   | { on: 'retry' }
@@ -40,8 +41,10 @@ export const next = (state: VmState, event: VmEvent, nowUnixMs: number): Transit
   const capturing = state.is === 'attaching' || state.is === 'syncing' || state.is === 'streaming'
   switch (event.on) {
     // Another QEMU process: whatever was under way belonged to the one before.
-    case 'vmStarted':
-      return to({ is: 'attaching', why: 'the VM runs', sinceUnixMs: nowUnixMs }, { do: 'forgetRetry' }, { do: 'attach', why: 'the VM runs' })
+    case 'vmStarted': {
+      const why = event.why ?? 'the VM runs'
+      return to({ is: 'attaching', why, sinceUnixMs: nowUnixMs }, { do: 'forgetRetry' }, { do: 'attach', why })
+    }
     case 'retry': {
       if (state.is !== 'tracking' && state.is !== 'detached') return stay
       return to({ is: 'attaching', why: state.why, sinceUnixMs: nowUnixMs }, { do: 'attach', why: state.why })
