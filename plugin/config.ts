@@ -10,7 +10,15 @@ export const PluginConfig = Type.Object(
     pveDirectory: Type.String({ default: '/etc/pve' }),
     /** Definitions of VPGs. */
     vpgFile: Type.String({ default: '/etc/pve/cdp-vpgs.json' }),
-    /** Node-local state, pairing and keys. */
+    /** What all nodes of the cluster share: site id, pairing, the authority for links between nodes; by default priv/cdp in the cluster file system. */
+    siteDirectory: Type.Optional(Type.String()),
+    /** This node's name in the cluster; by default where /etc/pve/local points to. */
+    nodeName: Type.Optional(Type.String()),
+    /** Where the other nodes of the cluster reach this one; by default at its address within the cluster. Unused while the node is alone. */
+    nodeLink: Type.Object({ host: Type.Optional(Type.String()), port: Type.Integer({ default: 8766, minimum: 0, maximum: 65_535 }) }, { default: {}, additionalProperties: false }),
+    /** How long acknowledgements may be held for a checkpoint over several nodes; past it the checkpoint is abandoned. */
+    holdMs: Type.Integer({ default: 20, minimum: 1, maximum: 200 }),
+    /** Node-local state. */
     stateDirectory: Type.String({ default: '/var/lib/pve-cdp/plugin' }),
     /** Unix sockets between QEMU and us. */
     runDirectory: Type.String({ default: '/run/pve-cdp' }),

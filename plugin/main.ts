@@ -1,12 +1,13 @@
 // The plugin daemon: protects the VMs of one Proxmox node. Everything is wired here and nowhere else.
 import { mkdir } from 'node:fs/promises'
+import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { EventLog, createApi } from '../core/api/index.ts'
 import { loadConfig } from '../core/config/index.ts'
 import { CdpError, errorMessage } from '../core/errors/index.ts'
 import { createDaemonLog } from '../core/log/index.ts'
-import { loadOrCreateSiteId } from '../core/pki/index.ts'
 import { PluginService, pluginRoutes } from './api/index.ts'
+import { Cluster } from './cluster/index.ts'
 import { PluginConfig } from './config.ts'
 import { Watchdog } from './watchdog/index.ts'
 
@@ -23,9 +24,12 @@ const run = async (): Promise<void> => {
     const watchdog = daemon.use(new Watchdog({ log, healthy: () => true }))
     watchdog.start()
   }
+  const siteDirectory = config.siteDirectory ?? join(config.pveDirectory, 'priv/cdp')
+  const cluster = daemon.use(await Cluster.open({
+    pveDirectory: config.pveDirectory, siteDirectory, link: config.nodeLink, log, ...(config.nodeName === undefined ? {} : { nodeName: config.nodeName }),
+  }))
   const service = daemon.use(new PluginService({
-    siteId: await loadOrCreateSiteId(config.stateDirectory),
-    vpgFile: config.vpgFile,
+    cluster, siteDirectory, vpgFile: config.vpgFile, holdMs: config.holdMs,
     log,
     events,
     settings: {

@@ -13,6 +13,7 @@ const stateStyles: Record<VpgStatus['state'] | VmStatus['state'], Style> = {
   stopped: 'red',
   detached: 'red',
   tracking: 'red',
+  unknown: 'red',
 }
 export const stateCell = (state: VpgStatus['state'] | VmStatus['state']): Cell => ({ text: state, style: stateStyles[state] })
 
@@ -45,8 +46,10 @@ const pluginVpgText = (vpg: VpgStatus, paint: Painter, nowUnixMs: number): strin
     `${paint('bold', `VPG ${vpg.name}`)}  ${show(stateCell(vpg.state), paint)}: ${printable(vpg.reason)}`,
     `  RPO ${rpo}, a checkpoint every ${formatDuration(vpg.checkpointEveryMs)}, last one ${last}${abandoned}`,
   ]
+  const nodes = new Set(vpg.vms.map(({ node }) => node)).size > 1
   const columns = [
     { title: 'VM', align: 'right' as const },
+    ...(nodes ? [{ title: 'NODE' }] : []),
     { title: 'STATE' },
     { title: 'SINCE' },
     { title: 'DURABLE', align: 'right' as const },
@@ -58,6 +61,7 @@ const pluginVpgText = (vpg: VpgStatus, paint: Painter, nowUnixMs: number): strin
   ]
   const rows = vpg.vms.map((vm): Cell[] => [
     String(vm.vmId),
+    ...(nodes ? [printable(vm.node ?? '-')] : []),
     stateCell(vm.state),
     formatAge(vm.sinceUnixMs, nowUnixMs),
     String(vm.durableSeq),

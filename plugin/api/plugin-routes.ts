@@ -8,7 +8,7 @@ const peerStatus = (service: PluginService): PluginStatus['peer'] => {
   if (pairing === undefined) return { state: 'unpaired' }
   const address = `${pairing.host}:${pairing.port}`
   const vms = service.vpgs.flatMap((vpg) => vpg.vms)
-  if (vms.length === 0) return { state: 'disconnected', address, reason: 'nothing is protected yet' }
+  if (vms.length === 0) return { state: 'disconnected', address, reason: service.vpgs.length === 0 ? 'nothing is protected yet' : 'no protected VM is on this node' }
   return vms.some((vm) => vm.stats?.linkUp === true) ? { state: 'connected', address } : { state: 'disconnected', address, reason: 'no stream is up' }
 }
 
@@ -16,7 +16,7 @@ const peerStatus = (service: PluginService): PluginStatus['peer'] => {
 export const pluginRoutes = (service: PluginService, nowUnixMs: () => number = Date.now): Route[] =>
   implement(pluginApi, {
     status: async () => ({
-      side: 'plugin' as const, siteId: service.siteId, version: packageVersion(), peer: peerStatus(service), vpgs: service.vpgs.map((vpg) => vpgStatus(vpg, nowUnixMs())),
+      side: 'plugin' as const, siteId: service.siteId, node: service.nodeName, version: packageVersion(), peer: peerStatus(service), vpgs: service.vpgs.map((vpg) => vpgStatus(vpg, nowUnixMs())),
     }),
     pair: async ({ body }) => {
       const { siteId, agentSiteId, host, port } = await service.pair(body.token)
@@ -29,7 +29,7 @@ export const pluginRoutes = (service: PluginService, nowUnixMs: () => number = D
       return {}
     },
     tagCheckpoint: async ({ params, body }) => {
-      const { id, atUnixMs } = await service.vpg(params.name).cut('tagged', body.tag)
+      const { id, atUnixMs } = await service.vpg(params.name).tag(body.tag)
       return { checkpointId: id, atUnixMs, state: 'pending' as const }
     },
   })

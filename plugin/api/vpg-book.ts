@@ -19,8 +19,13 @@ export class VpgBook {
 
   /** @throws CdpError FORMAT if the file is not what we write */
   async read(): Promise<VpgDefinition[]> {
+    return (await this.readIfThere()) ?? []
+  }
+
+  /** As `read`; undefined if there is no file. */
+  async readIfThere(): Promise<VpgDefinition[] | undefined> {
     const content = await readJsonFile(this.#path)
-    if (content === undefined) return []
+    if (content === undefined) return undefined
     if (!Value.Check(VpgFile, content)) throw new CdpError('FORMAT', `${this.#path} does not hold VPG definitions`, { hint: 'Restore it from a backup.' })
     return content.vpgs
   }

@@ -1,5 +1,5 @@
 import type { VmStatus, VpgStatus } from '../../core/api/index.ts'
-import type { Vpg } from '../protect/index.ts'
+import type { MemberReport, Vpg } from '../protect/index.ts'
 
 type ProtectedVm = Vpg['vms'][number]
 
@@ -15,11 +15,12 @@ const syncOf = (vm: ProtectedVm, nowUnixMs: number): VmStatus['sync'] => {
   return { kind: state.kind, doneBytes: state.doneBytes, totalBytes: state.totalBytes, rateBytesPerSec, secondsLeft: rateBytesPerSec > 0 ? left / rateBytesPerSec : null }
 }
 
-const vmStatus = (vm: ProtectedVm, nowUnixMs: number): VmStatus => {
+const vmStatus = (vm: ProtectedVm, node: string, nowUnixMs: number): VmStatus => {
   const { stats, state } = vm
   const sync = syncOf(vm, nowUnixMs)
   return {
     vmId: vm.vmId,
+    node,
     state: state.is,
     reason: state.why,
     sinceUnixMs: state.sinceUnixMs,
@@ -32,16 +33,54 @@ const vmStatus = (vm: ProtectedVm, nowUnixMs: number): VmStatus => {
   }
 }
 
+const unknownVm = (vmId: number, node: string | undefined, reason: string, nowUnixMs: number): VmStatus => ({
+  vmId, ...(node === undefined ? {} : { node }), state: 'unknown', reason, sinceUnixMs: nowUnixMs,
+  receivedSeq: 0, durableSeq: 0, bufferedBytes: 0, disks: [], ackLatencyUs: { p50: 0, p99: 0, max: 0 },
+})
+
+/** What this node tells the others of its members. */
+export const memberReport = (vpg: Vpg, nowUnixMs: number): MemberReport & { name: string } => {
+  const { lastValid } = vpg
+  return {
+    name: vpg.definition.name, abandonedCuts: vpg.abandonedCuts, ...(lastValid === undefined ? {} : { lastValid }),
+    vms: vpg.vms.map((vm) => vmStatus(vm, vpg.peers.nodeName, nowUnixMs)),
+  }
+}
+
+/** All members: those here, and what other nodes say of theirs. */
+const allMembers = (vpg: Vpg, nowUnixMs: number): { vms: VmStatus[]; abandonedCuts: number } => {
+  const { view, peers, definition } = vpg
+  const ours = memberReport(vpg, nowUnixMs)
+  const known = new Map(ours.vms.map((vm) => [vm.vmId, vm]))
+  const whyUnknown = new Map<string, string>()
+  let { abandonedCuts } = ours
+  for (const node of vpg.otherNodes) {
+    const news = peers.news(node, definition.name)
+    if (!news.known) whyUnknown.set(node, news.why)
+    else for (const vm of news.report?.vms ?? []) if (view.nodeOf.get(vm.vmId) === node) known.set(vm.vmId, vm)
+    abandonedCuts += news.known ? (news.report?.abandonedCuts ?? 0) : 0
+  }
+  const vms = definition.vmIds.map((vmId) => {
+    const vm = known.get(vmId)
+    if (vm !== undefined) return vm
+    const node = view.nodeOf.get(vmId)
+    const reason = node === undefined ? 'it is on no node of this cluster' : (whyUnknown.get(node) ?? `node ${node} has not taken it up yet`)
+    return unknownVm(vmId, node, reason, nowUnixMs)
+  })
+  return { vms, abandonedCuts }
+}
+
 /** What an operator sees of a group: a state, always with its reason, and an RPO that is null when nobody knows it. */
 export const vpgStatus = (vpg: Vpg, nowUnixMs: number): VpgStatus => {
   const { definition, lastValid } = vpg
+  const { vms, abandonedCuts } = allMembers(vpg, nowUnixMs)
   const rpoMs = lastValid === undefined ? null : Math.max(0, nowUnixMs - lastValid.atUnixMs)
-  const behind = vpg.vms.filter(({ state }) => state.is !== 'streaming')
+  const behind = vms.filter(({ state }) => state !== 'streaming')
   const late = rpoMs !== null && rpoMs > LATE_INTERVALS * definition.checkpointEveryMs
   const [state, reason] = ((): [VpgStatus['state'], string] => {
     if (behind.length > 0) {
-      const why = behind.map((vm) => `VM ${vm.vmId} is ${vm.state.is}: ${vm.state.why}`).join('; ')
-      if (behind.every((vm) => vm.state.is === 'detached') && behind.length === vpg.vms.length) return ['stopped', why]
+      const why = behind.map((vm) => `VM ${vm.vmId} is ${vm.state}: ${vm.reason}`).join('; ')
+      if (behind.every((vm) => vm.state === 'detached') && behind.length === vms.length) return ['stopped', why]
       return [lastValid === undefined ? 'initializing' : 'degraded', why]
     }
     if (lastValid === undefined) return ['initializing', 'no checkpoint is valid yet']
@@ -49,8 +88,8 @@ export const vpgStatus = (vpg: Vpg, nowUnixMs: number): VpgStatus => {
     return ['protected', 'all VMs are streaming']
   })()
   return {
-    name: definition.name, state, reason, rpoMs, checkpointEveryMs: definition.checkpointEveryMs, abandonedCuts: vpg.abandonedCuts,
+    name: definition.name, state, reason, rpoMs, checkpointEveryMs: definition.checkpointEveryMs, abandonedCuts,
     ...(lastValid === undefined ? {} : { lastCheckpoint: lastValid }),
-    vms: vpg.vms.map((vm) => vmStatus(vm, nowUnixMs)),
+    vms,
   }
 }

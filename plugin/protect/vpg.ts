@@ -4,10 +4,14 @@ import type { Logger } from '../../core/log/index.ts'
 import type { CheckpointKind, CheckpointMark } from '../../core/record/index.ts'
 import type { StateNews } from '../../core/stream/index.ts'
 import { GroupClock } from '../capture/index.ts'
-import { CheckpointLabels, cutOnOneNode, scheduleCheckpoints } from '../checkpoint/index.ts'
+import type { CaptureWorker } from '../capture/index.ts'
+import { CheckpointLabels, commitWorkers, cutOnOneNode, cutOverNodes, holdWorkers, releaseWorkers, scheduleCheckpoints } from '../checkpoint/index.ts'
+import type { CommitAnswer, CutOutcome, CutParticipant, HoldAnswer } from '../checkpoint/index.ts'
 import { ProtectedVm } from './protected-vm.ts'
 import type { AgentAddress, ProtectSettings } from './protected-vm.ts'
 import type { VmState } from './vm-state.ts'
+import { GroupView } from './vpg-peers.ts'
+import type { VpgPeers } from './vpg-peers.ts'
 
 /** What an operator defines. */
 export type VpgDefinition = { name: string; vmIds: number[]; checkpointEveryMs: number }
@@ -18,96 +22,273 @@ export type VpgOptions = {
   definition: VpgDefinition
   settings: ProtectSettings
   agent: AgentAddress
+  peers: VpgPeers
+  /** The node of each member; see `place`. */
+  nodeOf: ReadonlyMap<number, string>
+  /** How long acknowledgements may be held for a cut over several nodes. */
+  holdMs: number
   log: Logger
   onEvent: (event: VpgEvent) => void
   nowUnixMs?: () => number
 }
 
-/** A virtual protection group on this node: its VMs, the clock they share, and the cutting of checkpoints. */
+type Checkpoint = { id: string; atUnixMs: number }
+type Held = { cutId: string; workers: readonly CaptureWorker[]; vmIds: number[] }
+
+const COMMIT_ANSWER_MS = 500
+/** A cut that came to nothing because somebody was slow is tried so often in all. */
+const ATTEMPTS = 3
+const ATTEMPT_PAUSE_MS = 50
+
+/**
+ * A virtual protection group as one node has it: the members that run here are protected here; the others are known by what their nodes
+ * say. One node, the coordinator, cuts for all; each takes part in the cuts of the others.
+ */
 export class Vpg implements AsyncDisposable {
   readonly definition: VpgDefinition
-  readonly vms: readonly ProtectedVm[]
+  readonly #options: VpgOptions
   readonly #log: Logger
   readonly #clock = new GroupClock()
   readonly #labels = new CheckpointLabels()
   readonly #nowUnixMs: () => number
-  readonly #onEvent: (event: VpgEvent) => void
+  readonly #here = new Map<number, ProtectedVm>()
+  readonly #leaving = new Map<number, Promise<void>>()
+  #view: GroupView
+  #started = false
+  #stopped = false
   #schedule: Disposable | undefined
+  #cuts: Promise<unknown> = Promise.resolve()
+  #held: Held | undefined
   #abandonedCuts = 0
-  #lastValid: { id: string; atUnixMs: number } | undefined
+  #saidWhy = ''
+  #lastValid: Checkpoint | undefined
 
-  constructor({ definition, settings, agent, log, onEvent, nowUnixMs }: VpgOptions) {
+  constructor(options: VpgOptions) {
+    const { definition, log, nowUnixMs } = options
+    this.#options = options
     this.definition = definition
     this.#log = log.child({ vpg: definition.name })
     this.#nowUnixMs = nowUnixMs ?? Date.now
-    this.#onEvent = onEvent
-    const vms = definition.vmIds.map(String)
-    this.vms = definition.vmIds.map((vmId) => new ProtectedVm({
-      vmId, vpg: definition.name, vms, settings, agent, groupClock: this.#clock.buffer, log: this.#log, nowUnixMs: this.#nowUnixMs,
-      onChange: (id, state) => this.#onChange(id, state),
-      onNews: (news) => this.#onNews(news),
-    }))
+    this.#view = new GroupView(definition.vmIds, options.nodeOf)
+    this.#takeIn()
   }
 
-  /** The newest checkpoint that the agent called valid. */
-  get lastValid(): { id: string; atUnixMs: number } | undefined {
-    return this.#lastValid
+  /** The members on this node, in the order of the definition. */
+  get vms(): readonly ProtectedVm[] {
+    return this.definition.vmIds.flatMap((vmId) => this.#here.get(vmId) ?? [])
   }
 
-  /** Cuts that were begun and did not become a checkpoint. */
+  get view(): GroupView {
+    return this.#view
+  }
+
+  get peers(): VpgPeers {
+    return this.#options.peers
+  }
+
+  /** The newest checkpoint that the agent called valid, as far as it said so to any node that answers. */
+  get lastValid(): Checkpoint | undefined {
+    let newest = this.#lastValid
+    for (const node of this.otherNodes) {
+      const news = this.peers.news(node, this.definition.name)
+      const theirs = news.known ? news.report?.lastValid : undefined
+      if (theirs !== undefined && theirs.atUnixMs > (newest?.atUnixMs ?? 0)) newest = theirs
+    }
+    this.#lastValid = newest
+    return newest
+  }
+
+  /** Cuts that were begun by this node, or could not be, because of a member's node, and did not become a checkpoint. */
   get abandonedCuts(): number {
     return this.#abandonedCuts
   }
 
+  /** The nodes of members that are not here. */
+  get otherNodes(): string[] {
+    return this.#view.nodes.filter((node) => node !== this.peers.nodeName)
+  }
+
   start(): void {
-    this.#schedule = scheduleCheckpoints(this.definition.checkpointEveryMs, this.#log, async () => {
-      if (this.#workers() !== undefined) await this.cut('automatic')
-    })
+    this.#started = true
     for (const vm of this.vms) vm.start()
+    this.#schedule = scheduleCheckpoints(this.definition.checkpointEveryMs, this.#log, () => this.#cutOnSchedule())
+  }
+
+  /** Members may have moved. One that is on no node any more (deleted, or nobody knows) stays with the node that had it. */
+  place(nodeOf: ReadonlyMap<number, string>): void {
+    if (this.#stopped) return
+    const withOurs = new Map(nodeOf)
+    for (const vmId of this.#here.keys()) if (!withOurs.has(vmId)) withOurs.set(vmId, this.peers.nodeName)
+    this.#view = new GroupView(this.definition.vmIds, withOurs)
+    for (const [vmId, vm] of this.#here) {
+      if (withOurs.get(vmId) === this.peers.nodeName) continue
+      this.#here.delete(vmId)
+      this.#log.info('a member has left this node', { vmId, node: withOurs.get(vmId) })
+      this.#leaving.set(vmId, vm.stop(true).finally(() => this.#leaving.delete(vmId)))
+    }
+    for (const vm of this.#takeIn()) if (this.#started) vm.start()
   }
 
   /**
-   * Cuts a checkpoint now.
+   * Cuts a tagged checkpoint now, or has the coordinator cut it.
    * @returns its id and label; it is valid when the agent says so
-   * @throws CdpError CONFLICT when a VM of the group is not in step
+   * @throws CdpError CONFLICT when a VM of the group is not in step, or a node does not take part; UNREACHABLE, TIMEOUT of the coordinator
    */
-  async cut(kind: CheckpointKind, tag?: string): Promise<{ id: string; atUnixMs: number }> {
+  async tag(tag: string, forwarded = false): Promise<Checkpoint> {
+    const { coordinator } = this.#view
+    if (coordinator !== undefined && coordinator !== this.peers.nodeName) {
+      if (forwarded) throw new CdpError('CONFLICT', `node ${this.peers.nodeName} does not cut for ${this.definition.name}: ${coordinator} does`, { retry: true, hint: 'Try again: a VM has just moved.' })
+      return this.peers.tag(coordinator, this.definition.name, tag)
+    }
+    return this.#inTurn(async () => {
+      const obstacle = this.#obstacle()
+      if (obstacle !== undefined) {
+        throw new CdpError('CONFLICT', `no checkpoint of ${this.definition.name} can be cut: ${obstacle.why}`, { retry: true, hint: 'Wait until all VMs of the group are streaming.' })
+      }
+      const { checkpoint, outcome } = await this.#attempt('tagged', tag)
+      if (!outcome.ok) throw new CdpError('CONFLICT', `the checkpoint was abandoned: ${outcome.why}`, { retry: true, hint: 'Try again.' })
+      return checkpoint
+    })
+  }
+
+  /** First phase of a cut, for the members on this node. */
+  async hold(cutId: string, holdMs: number): Promise<HoldAnswer> {
     const workers = this.#workers()
-    if (workers === undefined) {
-      const behind = this.vms.filter(({ state }) => state.is !== 'streaming').map(({ vmId, state }) => `VM ${vmId} is ${state.is} (${state.why})`)
-      throw new CdpError('CONFLICT', `no checkpoint of ${this.definition.name} can be cut: ${behind.join('; ')}`, { retry: true, hint: 'Wait until all VMs of the group are streaming.' })
-    }
-    const atUnixMs = this.#labels.next(this.#nowUnixMs())
-    const id = `${atUnixMs.toString(36)}-${randomBytes(4).toString('hex')}`
-    const mark: CheckpointMark = { id, vpg: this.definition.name, vms: this.definition.vmIds.map(String), atUnixMs, kind, ...(tag === undefined ? {} : { tag }) }
-    const outcome = await cutOnOneNode(this.#clock, workers, mark)
-    if (!outcome.ok) {
-      this.#abandonedCuts++
-      this.#onEvent({ level: 'info', kind: 'cut.abandoned', message: `a checkpoint of ${this.definition.name} was abandoned: ${outcome.why}`, context: { vpg: this.definition.name } })
-      if (kind !== 'automatic') throw new CdpError('CONFLICT', `the checkpoint was abandoned: ${outcome.why}`, { retry: true, hint: 'Try again.' })
-    }
-    return { id, atUnixMs }
+    const vmIds = this.vms.map(({ vmId }) => vmId)
+    if (workers === undefined) return { refused: this.#behind().join('; ') || 'a member is not in step' }
+    if (workers.length === 0) return { refused: 'no member is on this node' }
+    const refused = await holdWorkers(workers, cutId, Math.min(holdMs, this.#options.holdMs))
+    if (refused !== undefined) return { refused, retry: true }
+    this.#held = { cutId, workers, vmIds }
+    return { held: vmIds }
+  }
+
+  /** Second phase. Each worker inserts its marker only while its hold of this very cut is on. */
+  async commit(cutId: string, mark: CheckpointMark): Promise<CommitAnswer> {
+    const held = this.#held
+    if (held?.cutId !== cutId || mark.vpg !== this.definition.name) return { refused: 'the hold ran out' }
+    this.#held = undefined
+    const refused = await commitWorkers(held.workers, cutId, mark)
+    if (refused !== undefined) await releaseWorkers(held.workers, cutId)
+    return refused === undefined ? { committed: held.vmIds } : { refused }
+  }
+
+  async release(cutId: string): Promise<void> {
+    const workers = this.#held?.cutId === cutId ? this.#held.workers : this.vms.flatMap(({ streamingWorker }) => streamingWorker ?? [])
+    if (this.#held?.cutId === cutId) this.#held = undefined
+    await releaseWorkers(workers, cutId)
   }
 
   async stop(keepBitmaps: boolean): Promise<void> {
+    this.#stopped = true
     this.#schedule?.[Symbol.dispose]()
     this.#schedule = undefined
-    await Promise.all(this.vms.map((vm) => vm.stop(keepBitmaps)))
+    await Promise.all([...this.vms.map((vm) => vm.stop(keepBitmaps)), ...this.#leaving.values()])
   }
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.stop(true)
   }
 
-  #workers() {
-    const workers = this.vms.map(({ streamingWorker }) => streamingWorker)
-    return workers.every((worker) => worker !== undefined) ? workers : undefined
+  /** Makes what protects the members that are here and are not protected yet; one that has just left is first let go of. */
+  #takeIn(): ProtectedVm[] {
+    const { definition, settings, agent } = this.#options
+    const fresh = definition.vmIds.filter((vmId) => this.#view.nodeOf.get(vmId) === this.peers.nodeName && !this.#here.has(vmId) && !this.#leaving.has(vmId)).map((vmId) => new ProtectedVm({
+      vmId, vpg: definition.name, vms: definition.vmIds.map(String), settings, agent, groupClock: this.#clock.buffer, log: this.#log, nowUnixMs: this.#nowUnixMs,
+      onChange: (id, state) => this.#onChange(id, state),
+      onNews: (news) => this.#onNews(news),
+    }))
+    for (const vm of fresh) this.#here.set(vm.vmId, vm)
+    return fresh
+  }
+
+  async #cutOnSchedule(): Promise<void> {
+    if (this.#view.coordinator !== this.peers.nodeName) return
+    await this.#inTurn(async () => {
+      const obstacle = this.#obstacle()
+      if (obstacle === undefined) await this.#attempt('automatic')
+      else if (obstacle.abandons) this.#abandon(obstacle.why)
+    })
+  }
+
+  /** Why no cut can be begun now. `abandons`: it is another node that fails us; a member that is not in step is no failed cut. */
+  #obstacle(): { why: string; abandons: boolean } | undefined {
+    const unknown: string[] = []
+    const behind = this.#behind()
+    if (this.#view.unplaced.length > 0) behind.push(`VM ${this.#view.unplaced.join(', ')} is on no node of this cluster`)
+    for (const node of this.otherNodes) {
+      const news = this.peers.news(node, this.definition.name)
+      if (!news.known) unknown.push(news.why)
+      else if (news.report === undefined) behind.push(`node ${node} has not taken the group up yet`)
+      else behind.push(...news.report.vms.filter(({ state }) => state !== 'streaming').map(({ vmId, state, reason }) => `VM ${vmId} is ${state} (${reason})`))
+    }
+    if (unknown.length === 0 && behind.length === 0) return undefined
+    return { why: [...behind, ...unknown].join('; '), abandons: behind.length === 0 }
+  }
+
+  #behind(): string[] {
+    return this.vms.filter(({ streamingWorker }) => streamingWorker === undefined).map(({ vmId, state }) => `VM ${vmId} is ${state.is} (${state.why})`)
+  }
+
+  /** Cuts; tries again when somebody was only too slow. Each abandoned try is counted. */
+  async #attempt(kind: CheckpointKind, tag?: string): Promise<{ checkpoint: Checkpoint; outcome: CutOutcome }> {
+    for (let attempt = 1; ; attempt++) {
+      const { definition } = this
+      const atUnixMs = this.#labels.next(Math.max(this.#nowUnixMs(), (this.lastValid?.atUnixMs ?? 0) + 1))
+      const id = `${atUnixMs.toString(36)}-${randomBytes(4).toString('hex')}`
+      const mark: CheckpointMark = { id, vpg: definition.name, vms: definition.vmIds.map(String), atUnixMs, kind, ...(tag === undefined ? {} : { tag }) }
+      const outcome = await this.#cut(mark)
+      if (outcome.ok) this.#saidWhy = ''
+      else this.#abandon(outcome.why)
+      if (outcome.ok || outcome.retry !== true || attempt === ATTEMPTS || this.#stopped) return { checkpoint: { id, atUnixMs }, outcome }
+      await new Promise((resolve) => setTimeout(resolve, ATTEMPT_PAUSE_MS))
+    }
+  }
+
+  async #cut(mark: CheckpointMark): Promise<CutOutcome> {
+    const others = this.otherNodes
+    const workers = this.#workers()
+    if (workers === undefined) return { ok: false, why: this.#behind().join('; ') }
+    if (others.length === 0) return cutOnOneNode(this.#clock, workers, mark)
+    return cutOverNodes({
+      participants: [...others.map((node) => this.peers.participant(node)), this.#asParticipant()],
+      vmIds: this.definition.vmIds, cutId: mark.id, mark, holdMs: this.#options.holdMs, commitAnswerMs: COMMIT_ANSWER_MS,
+    })
+  }
+
+  #asParticipant(): CutParticipant {
+    return {
+      node: this.peers.nodeName,
+      hold: (_vpg, cutId, holdMs) => this.hold(cutId, holdMs),
+      commit: (_vpg, cutId, mark) => this.commit(cutId, mark),
+      release: (_vpg, cutId) => this.release(cutId),
+    }
+  }
+
+  #abandon(why: string): void {
+    this.#abandonedCuts++
+    // Once a second the same reason is one event; the count says how often.
+    if (why === this.#saidWhy) return
+    this.#saidWhy = why
+    this.#options.onEvent({ level: 'info', kind: 'cut-abandoned', message: `a checkpoint of ${this.definition.name} was abandoned: ${why}`, context: { vpg: this.definition.name } })
+  }
+
+  /** One cut at a time: a worker can be held for one only. */
+  async #inTurn<T>(work: () => Promise<T>): Promise<T> {
+    const result = this.#cuts.then(work)
+    this.#cuts = result.catch(() => undefined)
+    return result
+  }
+
+  #workers(): CaptureWorker[] | undefined {
+    const workers = this.vms.flatMap(({ streamingWorker }) => streamingWorker ?? [])
+    return workers.length === this.vms.length ? workers : undefined
   }
 
   #onChange(vmId: number, state: VmState): void {
-    this.#onEvent({
+    this.#options.onEvent({
       level: state.is === 'tracking' ? 'warn' : 'info',
-      kind: `vm.${state.is}`,
+      kind: `vm-${state.is}`,
       message: `VM ${vmId} is ${state.is}: ${state.why}`,
       context: { vpg: this.definition.name, vmId },
     })

@@ -5,7 +5,10 @@ import { Bytes, CheckpointId, CheckpointState, Count, NoContent, Request, RpoMs,
 
 export const VmStatus = Type.Object({
   vmId: VmId,
-  state: Type.Union([Type.Literal('detached'), Type.Literal('attaching'), Type.Literal('syncing'), Type.Literal('streaming'), Type.Literal('tracking')]),
+  /** The node of the cluster it is on; absent if it is on none. */
+  node: Type.Optional(Type.String()),
+  /** unknown: it is on another node, and that one does not say. */
+  state: Type.Union([Type.Literal('unknown'), Type.Literal('detached'), Type.Literal('attaching'), Type.Literal('syncing'), Type.Literal('streaming'), Type.Literal('tracking')]),
   /** Why it is in this state, a sentence for people; never empty. */
   reason: Type.String(),
   sinceUnixMs: UnixMs,
@@ -34,7 +37,7 @@ export const VpgStatus = Type.Object({
   rpoMs: RpoMs,
   lastCheckpoint: Type.Optional(Type.Object({ id: CheckpointId, atUnixMs: UnixMs })),
   checkpointEveryMs: Type.Integer({ minimum: 1 }),
-  /** Cuts given up because the hold ran out; no harm as long as the RPO holds. */
+  /** Cuts given up because the hold ran out or a node did not take part; no harm as long as the RPO holds. */
   abandonedCuts: Count,
   vms: Type.Array(VmStatus),
 })
@@ -49,6 +52,8 @@ export const PeerStatus = Type.Object({
 export const PluginStatus = Type.Object({
   side: Type.Literal('plugin'),
   siteId: Type.String(),
+  /** The node of the cluster that says this. */
+  node: Type.Optional(Type.String()),
   version: Type.String(),
   peer: PeerStatus,
   vpgs: Type.Array(VpgStatus),
