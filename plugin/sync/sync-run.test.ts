@@ -1,0 +1,38 @@
+import { afterEach, expect, jest, test } from '@jest/globals'
+import { CdpError } from '../../core/errors/index.ts'
+import type { NbdClient } from '../../core/nbd/index.ts'
+import { RecordKind } from '../../core/record/index.ts'
+import { SlabPool } from '../buffer/index.ts'
+import { RaceGuard, SyncRun } from './index.ts'
+
+const MiB = 1024 * 1024
+afterEach(() => jest.restoreAllMocks())
+
+test('progress never passes a read that failed, even if the rest of the disk is found empty meanwhile', async () => {
+  let nowMs = 0
+  jest.spyOn(performance, 'now').mockImplementation(() => (nowMs += 2000))
+  const failing = Promise.withResolvers<never>()
+  const second = Promise.withResolvers<void>()
+  let asked = 0
+  const client = {
+    blockStatus: async (_offset: number, lengthBytes: number) => {
+      if (asked++ === 0) return new Map([['base:allocation', [{ lengthBytes: MiB, flags: 0 }, { lengthBytes: lengthBytes - MiB, flags: 3 }]]])
+      failing.reject(new CdpError('NBD_REFUSED', 'EIO'))
+      await second.promise
+      return new Map([['base:allocation', [{ lengthBytes, flags: 3 }]]])
+    },
+    readInto: () => failing.promise,
+  } as unknown as NbdClient
+  const progress: number[] = []
+  const guard = new RaceGuard()
+  const run = new SyncRun({
+    disk: { disk: 0, sizeBytes: 512 * MiB, fromBytes: 0, wholeAbove: true }, client, guard, slabs: new SlabPool(MiB, MiB), admit: async () => undefined, onProgress: () => undefined, readsInFlight: 8, signal: new AbortController().signal,
+    sink: { sync: () => undefined, takeLarge: () => undefined, range: (kind, _disk, offsetBytes) => void (kind === RecordKind.syncProgress && progress.push(offsetBytes)) },
+  }).run()
+  run.catch(() => undefined)
+  await new Promise((resolve) => setImmediate(resolve))
+  second.resolve()
+  await expect(run).rejects.toMatchObject({ code: 'NBD_REFUSED' })
+  expect(Math.max(0, ...progress)).toBe(0)
+  expect(guard.busy).toBe(false)
+})
