@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto'
-import { lstatSync, mkdirSync, readFileSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
+import { lstatSync, mkdirSync, readFileSync, readlinkSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { dirname } from 'node:path'
 import { machineOf, type CommandLine, type VmDisk } from './command-line.ts'
 
@@ -60,8 +60,11 @@ export const registerVm = (vm: CommandLine, nodeName = defaultNodeName): void =>
   }
   const lines = Object.keys(values).sort().map((key) => `${key}: ${values[key]}\n`)
   replaceFile(pathsOf(vm.rootDir, vm.vmId).config, lines.join(''))
-  editVmlist(vm.rootDir, (ids, version) => (ids[vm.vmId] = { node: nodeName, type: 'qemu', version }))
+  placeVm(vm.rootDir, vm.vmId, nodeName)
 }
+
+/** Lists a VM with a node. */
+export const placeVm = (rootDir: string, vmId: number, nodeName: string): void => editVmlist(rootDir, (ids, version) => (ids[vmId] = { node: nodeName, type: 'qemu', version }))
 
 /** What `qm destroy` does to the cluster's files. */
 export const unregisterVm = (rootDir: string, vmId: number): void => {
@@ -94,7 +97,9 @@ type VmListEntry = { node: string; type: string; version: number }
 
 /** Synchronous and by rename, so that VMs of one root which start together do not lose each other's entry, and a reader sees a whole file. */
 const editVmlist = (rootDir: string, change: (ids: Record<string, VmListEntry>, version: number) => unknown): void => {
-  const path = `${rootDir}/etc/pve/.vmlist`
+  const listed = `${rootDir}/etc/pve/.vmlist`
+  // In a cluster of the lab it is a link to the one list that the nodes share.
+  const path = lstatSync(listed, { throwIfNoEntry: false })?.isSymbolicLink() ? readlinkSync(listed) : listed
   const present = statSync(path, { throwIfNoEntry: false }) ? (JSON.parse(readFileSync(path, 'utf8')) as { version: number; ids: Record<string, VmListEntry> }) : { version: 0, ids: {} }
   const version = present.version + 1
   change(present.ids, version)
