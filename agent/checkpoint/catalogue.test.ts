@@ -35,6 +35,15 @@ describe('Catalogue', () => {
     expect(catalogue.listVpgs()).toEqual([{ siteId: SITE, name: 'shop', vms: ['101'] }, { siteId: 'site-b', name: 'shop', vms: ['7'] }])
   })
 
+  test('a group is known by its markers alone, with the members of its newest checkpoint, in whatever order journals are read', () => {
+    using catalogue = new Catalogue(':memory:')
+    noteAll(catalogue, mark('c2', 2000, ['101', '103']), 20)
+    noteAll(catalogue, mark('c1', 1000, ['101', '102']), 10)
+    expect(catalogue.listVpgs()).toEqual([{ siteId: SITE, name: 'shop', vms: ['101', '103'] }])
+    noteAll(catalogue, mark('c3', 3000, ['101']), 30)
+    expect(catalogue.listVpgs()).toEqual([{ siteId: SITE, name: 'shop', vms: ['101'] }])
+  })
+
   test('is proved when every VM is, suspect when one is; a judgement stays, and never reaches another epoch', () => {
     using catalogue = new Catalogue(':memory:')
     for (let n = 1; n <= 4; n++) noteAll(catalogue, mark(`c${n}`, n * 1000), n * 10, n === 4 ? 2 : 1)

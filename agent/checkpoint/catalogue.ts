@@ -74,7 +74,9 @@ export class Catalogue implements Disposable {
 
   /** The journal of `vm` holds the marker durably. True if the checkpoint became valid by it. Noting it twice changes nothing. */
   noteMark(siteId: string, vm: string, epoch: number, namedSeq: number, mark: CheckpointMark): boolean {
-    const { addMark, addCheckpoint, countDown, dropPending } = this.#statements
+    const { addMark, addCheckpoint, countDown, dropPending, groupOfMark } = this.#statements
+    // A group whose protected site never comes back is known by its journals alone.
+    groupOfMark.run({ site: siteId, vpg: mark.vpg, vms: JSON.stringify(mark.vms), at: mark.atUnixMs })
     addCheckpoint.run(siteId, mark.vpg, mark.id, mark.atUnixMs, mark.kind, mark.tag ?? null, JSON.stringify(mark.vms), mark.vms.length)
     if (addMark.run(siteId, vm, mark.id, epoch, namedSeq).changes === 0) return false
     const { missing } = countDown.get(siteId, mark.vpg, mark.atUnixMs, mark.id) as Row
@@ -138,6 +140,8 @@ export class Catalogue implements Disposable {
 
 const prepare = (db: DatabaseSync) => ({
   putVpg: db.prepare('INSERT INTO vpg VALUES (?, ?, ?) ON CONFLICT (site, name) DO UPDATE SET vms = excluded.vms'),
+  groupOfMark: db.prepare(`INSERT INTO vpg VALUES ($site, $vpg, $vms) ON CONFLICT (site, name) DO UPDATE SET vms = excluded.vms
+    WHERE vms <> excluded.vms AND NOT EXISTS (SELECT 1 FROM checkpoint WHERE site = $site AND vpg = $vpg AND at > $at)`),
   allVpgs: db.prepare('SELECT * FROM vpg ORDER BY name, site'),
   getSeen: db.prepare('SELECT seq FROM seen WHERE site = ? AND vm = ?'),
   putSeen: db.prepare('INSERT INTO seen VALUES (?, ?, ?) ON CONFLICT (site, vm) DO UPDATE SET seq = max(seq, excluded.seq)'),
