@@ -74,6 +74,13 @@ describe('the life of a VM', () => {
     expect(walk(...up, { on: 'captureLost', why: 'first' }, { on: 'captureLost', why: 'second' }).state.why).toBe('first')
   })
 
+  test('a reason is kept over tries that fail: the sync tells why it is needed, not why it came late', () => {
+    const away: VmEvent = { on: 'attachFailed', why: 'the agent cannot be reached', bitmapRecords: true }
+    const lost: VmEvent[] = [...up, { on: 'captureLost', why: 'link down' }, { on: 'retry' }, away, { on: 'retry' }, away]
+    expect(walk(...lost).state).toMatchObject({ is: 'tracking', why: 'the agent cannot be reached', because: 'link down' })
+    expect(walk(...lost, { on: 'retry' }).state).toMatchObject({ is: 'attaching', why: 'link down' })
+  })
+
   test('news of a sync that is over change nothing', () => {
     for (const late of [up[1], up[2], up[3]]) expect(walk(...up, { on: 'captureLost', why: 'x' }, late).state.is).toBe('tracking')
   })

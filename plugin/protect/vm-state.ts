@@ -1,13 +1,16 @@
 import type { SyncKind } from '../../core/record/index.ts'
 
-/** What a protected VM is doing, each with its reason. */
+/**
+ * What a protected VM is doing, each with its reason. `because`: why capture is to be attached and a sync to run, where `why` tells
+ * only how the last try of that failed.
+ */
 export type VmState =
-  | { is: 'detached'; why: string; sinceUnixMs: number }
+  | { is: 'detached'; why: string; because?: string; sinceUnixMs: number }
   | { is: 'attaching'; why: string; sinceUnixMs: number }
   | { is: 'syncing'; kind: SyncKind; why: string; doneBytes: number; totalBytes: number; sinceUnixMs: number }
   | { is: 'streaming'; why: string; sinceUnixMs: number }
   /** Bitmap only: QEMU remembers what is written, nothing is captured. */
-  | { is: 'tracking'; why: string; sinceUnixMs: number }
+  | { is: 'tracking'; why: string; because?: string; sinceUnixMs: number }
 
 export type VmEvent =
   /** `why`: what is known of it beyond that it runs. */
@@ -47,12 +50,13 @@ export const next = (state: VmState, event: VmEvent, nowUnixMs: number): Transit
     }
     case 'retry': {
       if (state.is !== 'tracking' && state.is !== 'detached') return stay
-      return to({ is: 'attaching', why: state.why, sinceUnixMs: nowUnixMs }, { do: 'attach', why: state.why })
+      const why = state.because ?? state.why
+      return to({ is: 'attaching', why, sinceUnixMs: nowUnixMs }, { do: 'attach', why })
     }
     case 'vmStopped':
       return to({ is: 'detached', why: 'the VM does not run', sinceUnixMs: nowUnixMs }, { do: 'forgetRetry' }, ...(capturing ? [{ do: 'cleanUp' } as const] : []))
     case 'attachFailed':
-      return state.is !== 'attaching' ? stay : to({ is: event.bitmapRecords ? 'tracking' : 'detached', why: event.why, sinceUnixMs: nowUnixMs }, { do: 'retryLater' })
+      return state.is !== 'attaching' ? stay : to({ is: event.bitmapRecords ? 'tracking' : 'detached', why: event.why, because: state.why, sinceUnixMs: nowUnixMs }, { do: 'retryLater' })
     case 'syncBegan':
       return state.is !== 'attaching' ? stay : to({ is: 'syncing', kind: event.kind, why: event.why, doneBytes: 0, totalBytes: event.totalBytes, sinceUnixMs: nowUnixMs })
     case 'syncAdvanced':
