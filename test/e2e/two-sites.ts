@@ -3,7 +3,10 @@ import { createServer, type AddressInfo } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { pluginApi, type Checkpoint, type VpgStatus } from '../../core/api/index.ts'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
-import { bootGuest, ioGap, leaksOf, makeExt4Image, makeTempDir, startGapMeter, type Guest, type GuestJob, type IoGap, type TempDir, type VmDisk, type VmShape } from '../lab/index.ts'
+import {
+  bootGuest, ioGap, leaksOf, makeExt4Image, makeTempDir, startGapMeter,
+  type BootGuestOptions, type Guest, type GuestJob, type IoGap, type TempDir, type VmDisk, type VmShape,
+} from '../lab/index.ts'
 import type { SiteConfig } from '../lab/site-config.ts'
 import { Sites, until } from '../lab/sites.ts'
 
@@ -69,9 +72,9 @@ export class TwoSites implements AsyncDisposable {
   }
 
   /** Boots a VM on its disks as they are. */
-  async boot(vmId: number): Promise<Guest> {
+  async boot(vmId: number, options: Pick<BootGuestOptions, 'onStarted' | 'signal'> = {}): Promise<Guest> {
     const { shape } = VMS.find((vm) => vm.vmId === vmId)!
-    const guest = await bootGuest({ rootDir: this.rootDir, vmId, shape, disks: disksOf(this.rootDir, vmId), mount: KEYS, deadlineMs: BOOT_DEADLINE_MS })
+    const guest = await bootGuest({ rootDir: this.rootDir, vmId, shape, disks: disksOf(this.rootDir, vmId), mount: KEYS, deadlineMs: BOOT_DEADLINE_MS, ...options })
     this.#guests.set(vmId, guest)
     return guest
   }
