@@ -2,12 +2,17 @@
 import { mkdtempSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { CdpError, errorMessage } from '../core/errors/index.ts'
+import { bootBench } from './boot.ts'
 import { captureBench } from './capture.ts'
 import type { Bench, Figure } from './figure.ts'
+import { indexBench } from './index-open.ts'
+import { ingestBench } from './ingest.ts'
 import { pathBench } from './path.ts'
+import { pointReadBench } from './point-read.ts'
 import { makeDiskDirectory, sweepLeftovers } from './rig/disk-directory.ts'
+import { syncBench } from './sync.ts'
 
-const benches: Bench[] = [captureBench, pathBench]
+const benches: Bench[] = [captureBench, pathBench, syncBench, ingestBench, pointReadBench, bootBench, indexBench]
 const GIVE_UP_AFTER_MS = 20_000
 
 const { values } = parseArgs({ options: { json: { type: 'boolean', default: false }, quick: { type: 'boolean', default: false }, only: { type: 'string', default: '' } } })

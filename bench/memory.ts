@@ -12,7 +12,7 @@ const STATS_EVERY_MS = 1100
  * its memory may not grow.
  */
 export const measureMemory = async (rig: PathRig, { quick, say }: { quick: boolean; say: (line: string) => void }): Promise<Figure> => {
-  const seconds = quick ? 2 : 10
+  const seconds = quick ? 1 : 10
   const residentBefore = peakResidentBytesOf(rig.plugin.pid)
   const phases: { what: string; peakBytes: number; letGo: boolean }[] = []
   for (const [vm, what, depth, blockBytes] of [['301', 'full load, 4 KiB', 32, 4096], ['302', 'full load, 1 MiB', 4, 2 ** 20], ['303', 'agent stopped', 32, 4096]] as const) {

@@ -6,7 +6,7 @@ const VM = '201'
 const EVERY_MS = 1000
 const SAMPLE_EVERY_MS = 10
 
-export type RpoOptions = { quick: boolean; say: (line: string) => void; /** Half of the maximum. */ rateIops: number; signal: AbortSignal }
+export type RpoOptions = { quick: boolean; say: (line: string) => void; /** Half of the maximum. */ rateIops: number }
 
 /** Checkpoints each second under load: the age of the newest valid one, sampled, and how long each took from its cut to valid everywhere. */
 export const measureRpo = async (rig: PathRig, { quick, say, rateIops }: RpoOptions): Promise<Figure[]> => {

@@ -44,23 +44,23 @@ const start = async ({ vm, vpg, targetPath, sizeBytes, budgetBytes, pairing }: S
   captured.set(vm, { worker, clock, vpg, validAtUnixMs: 0, waiting: new Map() })
 }
 
-const cut = async (vm: string, onValid: (lagMs: number) => void): Promise<string | undefined> => {
+const cut = async (vm: string, onValid: (lagMs: number) => void): Promise<{ id: string } | { refused: string }> => {
   const one = of(vm)
   const id = randomBytes(8).toString('hex')
   one.waiting.set(id, { cutMs: performance.now(), onValid })
   const mark = { id, vpg: one.vpg, vms: [vm], atUnixMs: labels.next(Date.now()), kind: 'automatic' as const }
   const outcome = await cutOnOneNode(one.clock, [one.worker], mark)
-  if (outcome.ok) return id
+  if (outcome.ok) return { id }
   one.waiting.delete(id)
-  return undefined
+  return { refused: outcome.why }
 }
 
 const checkpoint = async (vm: string): Promise<string> => {
   const { promise, resolve } = Promise.withResolvers<number>()
-  const id = await cut(vm, resolve)
-  if (id === undefined) throw new CdpError('CONFLICT', 'the cut was refused')
+  const outcome = await cut(vm, resolve)
+  if ('refused' in outcome) throw new CdpError('CONFLICT', `the cut was refused: ${outcome.refused}`)
   await promise
-  return id
+  return outcome.id
 }
 
 const beginCheckpoints = (vm: string, everyMs: number, sampleEveryMs: number): void => {
@@ -68,7 +68,7 @@ const beginCheckpoints = (vm: string, everyMs: number, sampleEveryMs: number): v
   const one = of(vm)
   one.validAtUnixMs = 0
   const task = scheduleCheckpoints(everyMs, silentLogger, async () => {
-    if ((await cut(vm, (lagMs) => samples.lagMs.push(lagMs))) === undefined) samples.abandoned++
+    if ('refused' in (await cut(vm, (lagMs) => samples.lagMs.push(lagMs)))) samples.abandoned++
   })
   const sampler = setInterval(() => {
     if (one.validAtUnixMs > 0) samples.rpoMs.push(Date.now() - one.validAtUnixMs)
