@@ -187,10 +187,10 @@ export class PluginService implements AsyncDisposable {
   #handlers(): NodeHandlers {
     const notHere = { refused: `node ${this.nodeName} has not taken the group up yet` }
     return {
-      hold: async ({ vpg, cutId, holdMs }) => (await this.#vpgs.get(vpg)?.hold(cutId, holdMs)) ?? notHere,
-      commit: async ({ vpg, cutId, mark }) => (await this.#vpgs.get(vpg)?.commit(cutId, mark)) ?? notHere,
+      hold: async ({ vpg, cutId, holdMs }) => (await this.#vpgs.get(vpg)?.part.hold(cutId, holdMs)) ?? notHere,
+      commit: async ({ vpg, cutId, mark }) => (mark.vpg !== vpg ? { refused: 'the marker is of another group' } : undefined) ?? (await this.#vpgs.get(vpg)?.part.commit(cutId, mark)) ?? notHere,
       release: async ({ vpg, cutId }) => {
-        await this.#vpgs.get(vpg)?.release(cutId)
+        await this.#vpgs.get(vpg)?.part.release(cutId)
         return {}
       },
       status: async () => ({ vpgs: this.vpgs.map((vpg) => memberReport(vpg, Date.now())) }),

@@ -4,7 +4,9 @@
 // other nodes are reached through the CutParticipants that plugin/cluster makes.
 export { CheckpointLabels } from './checkpoint-label.ts'
 export { cronExpression, scheduleCheckpoints } from './schedule.ts'
-export { commitWorkers, cutOnOneNode, holdWorkers, releaseWorkers } from './group-cut.ts'
+export { cutOnOneNode } from './group-cut.ts'
+export { LocalPart } from './local-part.ts'
+export type { CutWorker, LocalMembers } from './local-part.ts'
 export { cutOverNodes } from './cut-over-nodes.ts'
 export type { CommitAnswer, CutOverNodesOptions, CutParticipant, HoldAnswer } from './cut-over-nodes.ts'
 export { beginTwoPhaseCut, nextTwoPhaseCut } from './two-phase-cut.ts'

@@ -1,4 +1,5 @@
 import type { VmStatus } from '../../core/api/index.ts'
+import { CdpError } from '../../core/errors/index.ts'
 import type { CutParticipant } from '../checkpoint/index.ts'
 
 /** What another node says of its members of a group. */
@@ -13,6 +14,18 @@ export type VpgPeers = {
   participant(node: string): CutParticipant
   /** Has the coordinator of the group cut a tagged checkpoint. */
   tag(node: string, vpg: string, tag: string): Promise<{ id: string; atUnixMs: number }>
+}
+
+/** The peers of a node that is alone. */
+export const noPeers: VpgPeers = {
+  nodeName: 'localhost',
+  news: (node) => ({ known: false, why: `there is no node ${node}` }),
+  participant: (node) => {
+    throw new CdpError('INTERNAL', `a node that is alone was to cut with ${node}`)
+  },
+  tag: async (node) => {
+    throw new CdpError('INTERNAL', `a node that is alone was to ask ${node}`)
+  },
 }
 
 /** Which nodes run members of a group, and which of them cuts. */

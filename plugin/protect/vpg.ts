@@ -5,12 +5,12 @@ import type { CheckpointKind, CheckpointMark } from '../../core/record/index.ts'
 import type { StateNews } from '../../core/stream/index.ts'
 import { GroupClock } from '../capture/index.ts'
 import type { CaptureWorker } from '../capture/index.ts'
-import { CheckpointLabels, commitWorkers, cutOnOneNode, cutOverNodes, holdWorkers, releaseWorkers, scheduleCheckpoints } from '../checkpoint/index.ts'
-import type { CommitAnswer, CutOutcome, CutParticipant, HoldAnswer } from '../checkpoint/index.ts'
+import { CheckpointLabels, LocalPart, cutOnOneNode, cutOverNodes, scheduleCheckpoints } from '../checkpoint/index.ts'
+import type { CutOutcome, CutParticipant, LocalMembers } from '../checkpoint/index.ts'
 import { ProtectedVm } from './protected-vm.ts'
 import type { AgentAddress, ProtectSettings } from './protected-vm.ts'
 import type { VmState } from './vm-state.ts'
-import { GroupView } from './vpg-peers.ts'
+import { GroupView, noPeers } from './vpg-peers.ts'
 import type { VpgPeers } from './vpg-peers.ts'
 
 /** What an operator defines. */
@@ -22,19 +22,20 @@ export type VpgOptions = {
   definition: VpgDefinition
   settings: ProtectSettings
   agent: AgentAddress
-  peers: VpgPeers
+  /** Without them this node is alone, and all members are here. */
+  peers?: VpgPeers
   /** The node of each member; see `place`. */
-  nodeOf: ReadonlyMap<number, string>
+  nodeOf?: ReadonlyMap<number, string>
   /** How long acknowledgements may be held for a cut over several nodes. */
-  holdMs: number
+  holdMs?: number
   log: Logger
   onEvent: (event: VpgEvent) => void
   nowUnixMs?: () => number
 }
 
 type Checkpoint = { id: string; atUnixMs: number }
-type Held = { cutId: string; workers: readonly CaptureWorker[]; vmIds: number[] }
 
+const HOLD_MS = 20
 const COMMIT_ANSWER_MS = 500
 /** A cut that came to nothing because somebody was slow is tried so often in all. */
 const ATTEMPTS = 3
@@ -52,13 +53,13 @@ export class Vpg implements AsyncDisposable {
   readonly #labels = new CheckpointLabels()
   readonly #nowUnixMs: () => number
   readonly #here = new Map<number, ProtectedVm>()
+  readonly #part: LocalPart
   readonly #leaving = new Map<number, Promise<void>>()
   #view: GroupView
   #started = false
   #stopped = false
   #schedule: Disposable | undefined
   #cuts: Promise<unknown> = Promise.resolve()
-  #held: Held | undefined
   #abandonedCuts = 0
   #saidWhy = ''
   #lastValid: Checkpoint | undefined
@@ -69,7 +70,8 @@ export class Vpg implements AsyncDisposable {
     this.definition = definition
     this.#log = log.child({ vpg: definition.name })
     this.#nowUnixMs = nowUnixMs ?? Date.now
-    this.#view = new GroupView(definition.vmIds, options.nodeOf)
+    this.#view = new GroupView(definition.vmIds, options.nodeOf ?? new Map(definition.vmIds.map((vmId) => [vmId, this.peers.nodeName])))
+    this.#part = new LocalPart(() => this.#membersHere(), options.holdMs ?? HOLD_MS)
     this.#takeIn()
   }
 
@@ -83,7 +85,7 @@ export class Vpg implements AsyncDisposable {
   }
 
   get peers(): VpgPeers {
-    return this.#options.peers
+    return this.#options.peers ?? noPeers
   }
 
   /** The newest checkpoint that the agent called valid, as far as it said so to any node that answers. */
@@ -151,32 +153,9 @@ export class Vpg implements AsyncDisposable {
     })
   }
 
-  /** First phase of a cut, for the members on this node. */
-  async hold(cutId: string, holdMs: number): Promise<HoldAnswer> {
-    const workers = this.#workers()
-    const vmIds = this.vms.map(({ vmId }) => vmId)
-    if (workers === undefined) return { refused: this.#behind().join('; ') || 'a member is not in step' }
-    if (workers.length === 0) return { refused: 'no member is on this node' }
-    const refused = await holdWorkers(workers, cutId, Math.min(holdMs, this.#options.holdMs))
-    if (refused !== undefined) return { refused, retry: true }
-    this.#held = { cutId, workers, vmIds }
-    return { held: vmIds }
-  }
-
-  /** Second phase. Each worker inserts its marker only while its hold of this very cut is on. */
-  async commit(cutId: string, mark: CheckpointMark): Promise<CommitAnswer> {
-    const held = this.#held
-    if (held?.cutId !== cutId || mark.vpg !== this.definition.name) return { refused: 'the hold ran out' }
-    this.#held = undefined
-    const refused = await commitWorkers(held.workers, cutId, mark)
-    if (refused !== undefined) await releaseWorkers(held.workers, cutId)
-    return refused === undefined ? { committed: held.vmIds } : { refused }
-  }
-
-  async release(cutId: string): Promise<void> {
-    const workers = this.#held?.cutId === cutId ? this.#held.workers : this.vms.flatMap(({ streamingWorker }) => streamingWorker ?? [])
-    if (this.#held?.cutId === cutId) this.#held = undefined
-    await releaseWorkers(workers, cutId)
+  /** This node's part in cuts over several nodes, for whoever coordinates them. */
+  get part(): LocalPart {
+    return this.#part
   }
 
   async stop(keepBitmaps: boolean): Promise<void> {
@@ -252,16 +231,16 @@ export class Vpg implements AsyncDisposable {
     if (others.length === 0) return cutOnOneNode(this.#clock, workers, mark)
     return cutOverNodes({
       participants: [...others.map((node) => this.peers.participant(node)), this.#asParticipant()],
-      vmIds: this.definition.vmIds, cutId: mark.id, mark, holdMs: this.#options.holdMs, commitAnswerMs: COMMIT_ANSWER_MS,
+      vmIds: this.definition.vmIds, cutId: mark.id, mark, holdMs: this.#options.holdMs ?? HOLD_MS, commitAnswerMs: COMMIT_ANSWER_MS,
     })
   }
 
   #asParticipant(): CutParticipant {
     return {
       node: this.peers.nodeName,
-      hold: (_vpg, cutId, holdMs) => this.hold(cutId, holdMs),
-      commit: (_vpg, cutId, mark) => this.commit(cutId, mark),
-      release: (_vpg, cutId) => this.release(cutId),
+      hold: (_vpg, cutId, holdMs) => this.#part.hold(cutId, holdMs),
+      commit: (_vpg, cutId, mark) => this.#part.commit(cutId, mark),
+      release: (_vpg, cutId) => this.#part.release(cutId),
     }
   }
 
@@ -283,6 +262,13 @@ export class Vpg implements AsyncDisposable {
   #workers(): CaptureWorker[] | undefined {
     const workers = this.vms.flatMap(({ streamingWorker }) => streamingWorker ?? [])
     return workers.length === this.vms.length ? workers : undefined
+  }
+
+  #membersHere(): LocalMembers {
+    const workers = this.#workers()
+    if (workers === undefined) return { behind: this.#behind().join('; ') }
+    if (workers.length === 0) return { behind: `node ${this.peers.nodeName} has not taken a member up yet` }
+    return { vmIds: this.vms.map(({ vmId }) => vmId), workers }
   }
 
   #onChange(vmId: number, state: VmState): void {
