@@ -2,12 +2,12 @@ import { setTimeout as delay } from 'node:timers/promises'
 import type { CutBracket, WriteHistory } from '../../agent/proof/index.ts'
 import { pluginApi } from '../../core/api/index.ts'
 import { CdpError } from '../../core/errors/index.ts'
-import type { Sites } from '../lab/sites.ts'
+import type { LabDaemon } from '../lab/sites.ts'
 import type { Load } from './load.ts'
 import { Random } from '../kit/random.ts'
 import { DISK_COUNT, VPG } from './rig.ts'
 
-export type CutterOptions = { sites: Sites; history: WriteHistory; load: Load; seed: number; meanPauseMs: number }
+export type CutterOptions = { /** Of all nodes: any of them can be asked. */ plugins: readonly LabDaemon[]; history: WriteHistory; load: Load; seed: number; meanPauseMs: number; /** The plugin may be gone for a while. */ mayFail: boolean }
 
 const SPRINT_MS = 12
 
@@ -20,15 +20,17 @@ export class Cutter {
   readonly brackets = new Map<string, CutBracket>()
   /** Requests that the plugin abandoned or refused for the moment. */
   refused = 0
-  readonly #sites: Sites
+  readonly #plugins: readonly LabDaemon[]
   readonly #history: WriteHistory
   readonly #load: Load
   readonly #random: Random
+  readonly #mayFail: boolean
   readonly #ending = new AbortController()
   #running: Promise<void> = Promise.resolve()
 
-  private constructor({ sites, history, load, seed }: CutterOptions) {
-    this.#sites = sites
+  private constructor({ plugins, history, load, seed, mayFail }: CutterOptions) {
+    this.#mayFail = mayFail
+    this.#plugins = plugins
     this.#history = history
     this.#load = load
     this.#random = new Random(seed)
@@ -69,12 +71,14 @@ export class Cutter {
   }
 
   async #cut(): Promise<void> {
+    const plugin = this.#plugins.length === 1 ? this.#plugins[0] : this.#plugins[this.#random.int(0, this.#plugins.length)]
     const ackedBefore = this.#history.knowledge.slice()
     try {
-      const { checkpointId } = await this.#sites.plugin.api.call(pluginApi.tagCheckpoint, { params: { name: VPG }, body: { tag: 'proof' } })
+      const { checkpointId } = await plugin.api.call(pluginApi.tagCheckpoint, { params: { name: VPG }, body: { tag: 'proof' } })
       this.brackets.set(checkpointId, { ackedBefore, submittedAfter: this.#history.submitted.slice() })
     } catch (error) {
-      if (!(error instanceof CdpError) || error.code !== 'CONFLICT') throw error
+      const passes = error instanceof CdpError && (error.code === 'CONFLICT' || (this.#mayFail && (error.code === 'UNREACHABLE' || error.code === 'NOT_FOUND')))
+      if (!passes) throw error
       this.refused++
     }
   }

@@ -1,7 +1,9 @@
+import { createHash } from 'node:crypto'
 import { setTimeout as delay } from 'node:timers/promises'
 import { checkCut, describeViolation, type CutBracket, type CutReport, type WriteHistory } from '../../agent/proof/index.ts'
 import { agentApi, type Checkpoint } from '../../core/api/index.ts'
 import { CdpError } from '../../core/errors/index.ts'
+import type { Random } from '../kit/random.ts'
 import { until, type Sites } from '../lab/sites.ts'
 import { parsePointUri, readRegions } from './read-point.ts'
 import { VPG, type ProofDisk } from './rig.ts'
@@ -14,6 +16,7 @@ export class Inspector {
   /** Ids of those that were inspected, in order, with their verdict. */
   readonly inspected: { id: string; violations: number }[] = []
   readonly #options: InspectorOptions
+  readonly #checksums = new Map<string, string>()
   readonly #seen = new Set<string>()
   #newestUnixMs = 0
 
@@ -22,7 +25,7 @@ export class Inspector {
   }
 
   /** Inspects until `count` are done. @throws CdpError TIMEOUT if `deadlineMs` passes without a new valid checkpoint */
-  async run(count: number, deadlineMs: number, onProgress: () => void): Promise<void> {
+  async run(count: number, deadlineMs: number, onProgress: () => Promise<void>): Promise<void> {
     let lastFoundMs = performance.now()
     while (this.totals.checkpoints < count) {
       const found = await this.#newValid()
@@ -33,14 +36,41 @@ export class Inspector {
       }
       for (const checkpoint of found) {
         if (this.totals.checkpoints >= count) break
-        await this.inspect(checkpoint)
-        onProgress()
+        await this.inspect(checkpoint.id)
+        await onProgress()
       }
       lastFoundMs = performance.now()
     }
   }
 
-  async inspect({ id }: Checkpoint): Promise<CutReport> {
+  /** Judges some earlier checkpoints again: what lies above them has been written, sealed and merged since, and they must show the same. */
+  async reopen(count: number, random: Random): Promise<number> {
+    const chosen = Array.from({ length: count }, () => this.inspected[random.int(0, this.inspected.length)].id)
+    for (const id of chosen) {
+      const { checksum } = await this.#judge(id)
+      if (checksum === this.#checksums.get(id)) continue
+      this.totals.violations++
+      this.#options.say(`VIOLATION in ${id}: opened again, it shows other bytes than before`)
+    }
+    return count
+  }
+
+  /** Opens, reads, judges and counts one checkpoint. */
+  async inspect(id: string): Promise<CutReport> {
+    const { report, checksum } = await this.#judge(id)
+    const { totals } = this
+    totals.checkpoints++
+    if (this.#options.brackets.has(id)) totals.bracketed++
+    totals.tornUnderWay += report.tornUnderWay
+    totals.visibleWrites += report.visibleWrites
+    totals.requiredWrites += report.requiredWrites
+    this.inspected.push({ id, violations: report.violationCount })
+    this.#checksums.set(id, checksum)
+    return report
+  }
+
+  /** The disks' content as far as it is stamped is in `checksum`. */
+  async #judge(id: string): Promise<{ report: CutReport; checksum: string }> {
     const { sites, disks, history, brackets, say } = this.#options
     const point = await sites.openPoint(VPG, id)
     const places = disks.map(({ vmId, key }) => {
@@ -59,18 +89,12 @@ export class Inspector {
         throw error
       }
     })
-    const bracket = brackets.get(id)
-    const report = checkCut(history, images, bracket)
-    const { totals } = this
-    totals.checkpoints++
-    if (bracket !== undefined) totals.bracketed++
-    totals.violations += report.violationCount
-    totals.tornUnderWay += report.tornUnderWay
-    totals.visibleWrites += report.visibleWrites
-    totals.requiredWrites += report.requiredWrites
-    this.inspected.push({ id, violations: report.violationCount })
+    const report = checkCut(history, images, brackets.get(id))
+    this.totals.violations += report.violationCount
     for (const violation of report.violations.slice(0, 5)) say(`VIOLATION in ${id}: ${describeViolation(violation)}`)
-    return report
+    const hash = createHash('sha1')
+    for (const image of images) hash.update(image)
+    return { report, checksum: hash.digest('hex') }
   }
 
   async #newValid(): Promise<Checkpoint[]> {

@@ -4,12 +4,13 @@ import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import { runProof, type ProofResult } from './run-proof.ts'
 import { sabotage } from './sabotage.ts'
 
-// The write-order proof as a program: npm run proof -- [--checkpoints N] [--seed S] [--sabotage]. Progress on stderr, one JSON object as the last
+// The write-order proof as a program: npm run proof -- [--checkpoints N] [--seed S] [--disturb] [--sabotage]. Progress on stderr, one JSON object as the last
 // line of stdout. Exit code: 0 the proof holds; 1 it does not (always so with --sabotage, which has to be found); 2 it could not be carried out;
 // 3 a sabotaged journal was taken for a good one.
 
-const usage = 'usage: npm run proof -- [--checkpoints N] [--seed S] [--writes-per-sec W] [--rpo-limit-ms M] [--sabotage]'
+const usage = 'usage: npm run proof -- [--checkpoints N] [--seed S] [--writes-per-sec W] [--rpo-limit-ms M] [--nodes 1|2] [--disturb] [--sabotage]'
 const SABOTAGE_CHECKPOINTS = 12
+const DISTURBANCES = 6
 
 const say = (line: string): void => void process.stderr.write(`${line}\n`)
 const answer = (value: object): void => void process.stdout.write(`${JSON.stringify(value)}\n`)
@@ -22,6 +23,12 @@ const positive = (name: string, text: string): number => {
   return value
 }
 
+const nodeCount = (text: string): 1 | 2 => {
+  if (text === '1') return 1
+  if (text === '2') return 2
+  throw new CdpError('BAD_INPUT', `--nodes ${text}: expected 1 or 2`, { hint: usage })
+}
+
 const parse = () => {
   try {
     return parseArgs({
@@ -30,6 +37,8 @@ const parse = () => {
         seed: { type: 'string', default: String(randomInt(1, 2 ** 31)) },
         'writes-per-sec': { type: 'string', default: '1000' },
         'rpo-limit-ms': { type: 'string', default: '5000' },
+        nodes: { type: 'string', default: '1' },
+        disturb: { type: 'boolean', default: false },
         sabotage: { type: 'boolean', default: false },
       },
     }).values
@@ -47,6 +56,8 @@ const main = async (): Promise<number> => {
     writesPerSec: positive('writes-per-sec', values['writes-per-sec']),
     rpoLimitMs: positive('rpo-limit-ms', values['rpo-limit-ms']),
     meanPauseMs: 40,
+    nodes: nodeCount(values.nodes),
+    disturbances: values.disturb ? DISTURBANCES : 0,
     say,
     signal: ending.signal,
   }
