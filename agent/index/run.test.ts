@@ -68,7 +68,7 @@ test.each([0, 1, LEAF_CAPACITY, LEAF_CAPACITY + 1, 5 * LEAF_CAPACITY, LEAF_CAPAC
     const at = below(count)
     const key = entries[at].key + below(entries[at].length + 5)
     while (!reader.seek(cursor, key)) await reader.load(cursor)
-    const wanted = entries.slice(at, at + 2).find((entry) => entry.key + entry.length > key)
+    const wanted = entries.slice(at, at + 4).find((entry) => entry.key + entry.length > key)
     expect(cursor.startKey).toBe(wanted?.key ?? Infinity)
   }
 })
