@@ -4,6 +4,7 @@ import { runTool, tool } from '../lab/index.ts'
 import { testSeed } from '../kit/random.ts'
 
 const CHECKPOINTS = process.env.CDP_ALL === undefined ? 200 : 1000
+const DISTURBED_CHECKPOINTS = process.env.CDP_ALL === undefined ? 60 : 300
 
 beforeAll(async () => {
   await tool(process.execPath, ['scripts/build.mjs'], { cwd: projectDir(), deadlineMs: 120_000 })
@@ -27,6 +28,14 @@ test(`what ${CHECKPOINTS} checkpoints show of two VMs with two disks each is clo
   expect(answer.abandoned).toEqual(expect.any(Number))
   expect(exitCode).toBe(0)
 }, 60_000 + CHECKPOINTS * 1_000)
+
+test('it holds while the agent and the plugin are killed and stopped under it', async () => {
+  const seed = testSeed()
+  const { exitCode, answer, stderr } = await proof('--checkpoints', String(DISTURBED_CHECKPOINTS), '--seed', String(seed), '--disturb')
+  if (exitCode !== 0) console.log(stderr.slice(-8000))
+  expect(answer).toMatchObject({ ok: true, checkpoints: DISTURBED_CHECKPOINTS, violations: 0, disturbances: 6, reopened: 10 })
+  expect(exitCode).toBe(0)
+}, 240_000 + DISTURBED_CHECKPOINTS * 1_000)
 
 test('two dependent records swapped in a copy of a journal that is intact otherwise are found', async () => {
   const { exitCode, answer, stderr } = await proof('--sabotage', '--seed', String(testSeed()))
