@@ -29,7 +29,7 @@ const vmStatus = (vm: ProtectedVm, node: string, nowUnixMs: number): VmStatus =>
     durableSeq: stats?.durableSeq ?? 0,
     bufferedBytes: stats?.heldBytes ?? 0,
     disks: vm.disks.map(({ key, sizeBytes }) => ({ key, sizeBytes })),
-    ackLatencyUs: { p50: stats?.ack.p50Us ?? 0, p99: stats?.ack.p99Us ?? 0, max: Math.max(stats?.ack.maxUs ?? 0, stats?.ack.held.maxUs ?? 0) },
+    ackLatencyUs: { p50: stats?.ack.p50Us ?? 0, p99: stats?.ack.p99Us ?? 0, max: Math.max(stats?.ack.maxUs ?? 0, stats?.ack.held.maxUs ?? 0), held: stats?.ack.held.maxUs ?? 0 },
   }
 }
 

@@ -49,23 +49,23 @@ export type FioLoad = {
   ended: Promise<FioWrites>
   [Symbol.asyncDispose]: () => Promise<void>
 }
-export type FioWrites = { iops: number; totalBytes: number; longestMs: number }
+export type FioWrites = { iops: number; totalBytes: number; p99Ms: number; longestMs: number }
 
 /** Random writes by fio's nbd engine until `stop` or the given number of writes. */
-export const startFio = (uri: string, options: { sizeBytes: number; depth?: number; writes?: number; seed: number }): FioLoad => {
+export const startFio = (uri: string, options: { sizeBytes: number; depth?: number; writes?: number; writesPerSec?: number; seed: number }): FioLoad => {
   const limit = options.writes === undefined ? ['--time_based', '--runtime=600'] : [`--number_ios=${options.writes}`]
   const child = spawn('fio', ['--thread', '--name=load', '--ioengine=nbd', `--uri=${uri}`, '--rw=randwrite', '--bs=4k', `--iodepth=${options.depth ?? 32}`, `--size=${options.sizeBytes}`,
-    '--norandommap=1', '--random_generator=tausworthe64', `--randseed=${options.seed}`, '--refill_buffers=1', '--output-format=json', ...limit], { stdio: ['ignore', 'pipe', 'pipe'] })
+    '--norandommap=1', '--random_generator=tausworthe64', `--randseed=${options.seed}`, '--refill_buffers=1', '--output-format=json', ...limit, ...(options.writesPerSec === undefined ? [] : [`--rate_iops=${options.writesPerSec}`])], { stdio: ['ignore', 'pipe', 'pipe'] })
   let stdout = ''
   let stderr = ''
   child.stdout.setEncoding('utf8').on('data', (text: string) => (stdout += text))
   child.stderr.setEncoding('utf8').on('data', (text: string) => (stderr += text))
   const ended = once(child, 'close').then(() => {
-    type Report = { jobs: { error: number; write: { iops: number; io_bytes: number; clat_ns: { max: number } } }[] }
+    type Report = { jobs: { error: number; write: { iops: number; io_bytes: number; clat_ns: { max: number; percentile: Record<string, number> } } }[] }
     const report = JSON.parse(stdout.slice(stdout.indexOf('{'))) as Report
     const [job] = report.jobs
     if (!job || job.error !== 0) throw new Error(`fio saw error ${job?.error}: ${stderr}`)
-    return { iops: job.write.iops, totalBytes: job.write.io_bytes, longestMs: job.write.clat_ns.max / 1e6 }
+    return { iops: job.write.iops, totalBytes: job.write.io_bytes, p99Ms: job.write.clat_ns.percentile['99.000000'] / 1e6, longestMs: job.write.clat_ns.max / 1e6 }
   })
   ended.catch(() => undefined)
   return {

@@ -1,7 +1,7 @@
 import { once } from 'node:events'
 import { createServer, type AddressInfo } from 'node:net'
 import { STAMP_BYTES } from '../../agent/proof/index.ts'
-import { makeBlankImage, startVm, type VmShape } from '../lab/index.ts'
+import { makeBlankImage, startVm, type LabVm, type VmShape } from '../lab/index.ts'
 import { clusterDirOf, clusterPlugin, clusterPluginConfig, makeClusterNode } from '../lab/cluster.ts'
 import { Sites, type LabDaemon } from '../lab/sites.ts'
 
@@ -41,13 +41,16 @@ export class Rig {
   readonly sites: Sites
   /** Of all nodes; the first one is that of `sites`. */
   readonly plugins: readonly LabDaemon[]
+  /** In the order of their ids. */
+  readonly vms: readonly LabVm[]
   readonly #stack: AsyncDisposableStack
 
-  private constructor(rootDir: string, disks: readonly ProofDisk[], sites: Sites, plugins: readonly LabDaemon[], stack: AsyncDisposableStack) {
+  private constructor(rootDir: string, disks: readonly ProofDisk[], sites: Sites, plugins: readonly LabDaemon[], vms: readonly LabVm[], stack: AsyncDisposableStack) {
     this.rootDir = rootDir
     this.disks = disks
     this.sites = sites
     this.plugins = plugins
+    this.vms = vms
     this.#stack = stack
   }
 
@@ -59,12 +62,12 @@ export class Rig {
     if (nodeCount > 1) for (const { nodeName, root } of nodes) makeClusterNode(root, clusterDir, nodeName)
     const nodeOf = (index: number) => nodes[Math.min(index, nodes.length - 1)]
     const doorOf = (vmId: number): string => `${rootDir}/door${vmId}`
-    await Promise.all(VMS.map(async ({ vmId, shape }, index) => {
+    const vms = await Promise.all(VMS.map(async ({ vmId, shape }, index) => {
       const { root, nodeName } = nodeOf(index)
       const disks = KEYS.map((key) => ({ key, path: `${rootDir}/${vmId}-${key}.raw`, format: 'raw' as const, shareRw: true, sizeBytes: DISK_BYTES }))
       for (const { path } of disks) await makeBlankImage(path, DISK_BYTES)
       // Without an OS the firmware would only reboot in a circle; what writes is the NBD server inside QEMU, through the drive's root node.
-      stack.use(await startVm({ rootDir: root, ...(nodeCount > 1 ? { nodeName } : {}), vmId, shape, disks, memoryMiB: 64, nbdServerPath: doorOf(vmId), frozen: true }))
+      return stack.use(await startVm({ rootDir: root, ...(nodeCount > 1 ? { nodeName } : {}), vmId, shape, disks, memoryMiB: 64, nbdServerPath: doorOf(vmId), frozen: true }))
     }))
     const config = {
       existingNbdServers: Object.fromEntries(VMS.map(({ vmId }) => [String(vmId), doorOf(vmId)])),
@@ -83,7 +86,7 @@ export class Rig {
     for (const plugin of others) await plugin.start()
     await sites.pair()
     const disks = VMS.flatMap(({ vmId }) => KEYS.map((key) => ({ vmId, key, socketPath: doorOf(vmId) })))
-    return new Rig(rootDir, disks, sites, [sites.plugin, ...others], stack.move())
+    return new Rig(rootDir, disks, sites, [sites.plugin, ...others], vms, stack.move())
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

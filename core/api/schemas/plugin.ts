@@ -25,8 +25,8 @@ export const VmStatus = Type.Object({
   durableSeq: Seq,
   bufferedBytes: Bytes,
   disks: Type.Array(Type.Object({ key: Type.String(), sizeBytes: Bytes })),
-  /** What capture adds to a guest's write, in microseconds. */
-  ackLatencyUs: Type.Object({ p50: Type.Number({ minimum: 0 }), p99: Type.Number({ minimum: 0 }), max: Type.Number({ minimum: 0 }) }),
+  /** What capture adds to a guest's write, in microseconds, over the last second. `held`: the longest wait for a group cut over several nodes; `max` includes it, the others do not. */
+  ackLatencyUs: Type.Object({ p50: Type.Number({ minimum: 0 }), p99: Type.Number({ minimum: 0 }), max: Type.Number({ minimum: 0 }), held: Type.Optional(Type.Number({ minimum: 0 })) }),
 })
 export type VmStatus = Static<typeof VmStatus>
 
