@@ -1,12 +1,13 @@
 import { afterAll, beforeAll, expect, test } from '@jest/globals'
 import { randomFillSync } from 'node:crypto'
 import { globSync, mkdirSync, rmSync, writeFileSync } from 'node:fs'
-import type { AgentVpg, VmStatus } from '../../core/api/index.ts'
+import { pluginApi, type AgentVpg, type VmStatus } from '../../core/api/index.ts'
 import { Random, testSeed } from '../kit/random.ts'
 import { durableRecord, makeTempDir, startJournalWriter, untilRecord } from '../lab/index.ts'
 import { until } from '../lab/sites.ts'
 import { checkJournal } from './journal-check.ts'
 import { PointImages } from './point-images.ts'
+import { qemuState, type QemuState } from './qemu-state.ts'
 import { atRandom, DIRS, explained, GapMeters, KEYS, PROTECTED_DEADLINE_MS, TwoSites, VMS, VPG } from './two-sites.ts'
 
 const ROUNDS = process.env.CDP_ALL ? 20 : 3
@@ -17,6 +18,7 @@ const MiB = 1 << 20
 const random = new Random(testSeed())
 let all: TwoSites
 let meters: GapMeters
+let untouched: QemuState[]
 
 beforeAll(async () => {
   console.log(`seed ${random.seed}`)
@@ -24,6 +26,7 @@ beforeAll(async () => {
   mkdirSync(`${files.path}/content`)
   writeFileSync(`${files.path}/content/random`, randomFillSync(Buffer.alloc(16 * MiB)))
   all = await TwoSites.start({ fromDir: `${files.path}/content`, plugin: { memoryBytesPerVm: 32 * MiB }, agent: { segmentBytes: 4 * MiB } })
+  untouched = await Promise.all(all.guests.map(({ vm }) => qemuState(vm)))
   await explained(all, () => all.protect())
   for (const guest of all.guests) startJournalWriter(guest, DIRS)
   await Promise.all(all.guests.map((guest) => untilRecord(guest, 10)))
@@ -96,6 +99,7 @@ test(`killed ${ROUNDS} times under load: no acknowledged record is lost, none co
       expect((await onPlugin()).map(({ state, sinceUnixMs }) => ({ state, sinceUnixMs }))).toEqual(since.map((sinceUnixMs) => ({ state: 'streaming', sinceUnixMs })))
     }
     await recovers('after the kills')
+    expect(await all.differences('after the kills, at rest')).toEqual([])
   })
 }, 400_000)
 
@@ -133,6 +137,7 @@ test('away for longer than memory lasts: capture lets go with its reason, the gu
     expect((await epochsOf())[0]).toBeGreaterThan(epochs[0])
     expect((await epochsOf())[1]).toBe(epochs[1])
     await recovers('after the long absence')
+    expect(await all.differences('after the long absence, at rest')).toEqual([])
     using again = await PointImages.copy(all.sites, VPG, old.id)
     expect(again.digests()).toEqual(digests)
   })
@@ -185,3 +190,34 @@ test('the catalogue is lost while the protected site is away: the journals give 
     await recovers('with the new catalogue')
   })
 }, 200_000)
+
+test('both sites die at once and the plugin comes back first: the bitmaps wait for the agent, nothing is forgotten', async () => {
+  await explained(all, async () => {
+    await withGap('both killed', async () => {
+      await Promise.all([all.sites.plugin.kill(), all.sites.agent.kill()])
+      await all.sites.plugin.start()
+      await until('both VMs are tracked', 60_000, async () => (await onPlugin()).every(({ state }) => state === 'tracking') || undefined)
+      expect((await all.vpg()).reason).toMatch(/cannot be reached/)
+      for (const guest of all.guests) await guest.check('dd if=/mnt/scsi0/random of=/mnt/scsi1/while-both-were-away bs=1M count=4 conv=fsync 2>/dev/null', { deadlineMs: 60_000 })
+      await all.sites.agent.start()
+    })
+    await all.sites.untilProtected(VPG, PROTECTED_DEADLINE_MS)
+    expect((await onPlugin()).map(({ reason }) => reason)).toEqual(['bitmap sync complete', 'bitmap sync complete'])
+    for (const { vmId } of VMS) expect((await all.pluginEvents()).filter((message) => message.startsWith(`VM ${vmId} is syncing: `)).at(-1)).toMatch(/: the plugin was started again$/)
+    expect(await all.differences('after both died, at rest')).toEqual([])
+  })
+}, 200_000)
+
+test('protection is ended while the agent is away: in bounded time, and nothing of ours stays in QEMU', async () => {
+  await explained(all, async () => {
+    await all.sites.agent.kill()
+    const beganMs = performance.now()
+    await withGap('the VPG is deleted, no agent', async () => {
+      await all.sites.plugin.api.call(pluginApi.deleteVpg, { params: { name: VPG } })
+    })
+    expect(performance.now() - beganMs).toBeLessThan(30_000)
+    expect(await Promise.all(all.guests.map(({ vm }) => qemuState(vm)))).toEqual(untouched)
+    await all.sites.agent.start()
+    expect((await all.sites.checkpoints(VPG)).length).toBeGreaterThan(0)
+  })
+}, 120_000)

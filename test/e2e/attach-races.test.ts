@@ -3,7 +3,7 @@ import { pluginApi, type VmStatus } from '../../core/api/index.ts'
 import { durableRecord, startJournalWriter, untilRecord } from '../lab/index.ts'
 import { until } from '../lab/sites.ts'
 import { PointImages } from './point-images.ts'
-import { explained, KEYS, PROTECTED_DEADLINE_MS, TwoSites, VMS, VPG } from './two-sites.ts'
+import { BOOT_DEADLINE_MS, explained, KEYS, PROTECTED_DEADLINE_MS, TwoSites, VMS, VPG } from './two-sites.ts'
 
 /** A guest that boots begins a new journal; this is the folder of its newest, and the number of its life. */
 const lives = new Map(VMS.map(({ vmId }) => [vmId, 0]))
@@ -86,6 +86,7 @@ test('shut down and started again: protected again by a full sync that says why,
     expect(await lastSync(101)).toBe('VM 101 is syncing: the VM was started; no bitmap says what changed')
     expect(await vm(102)).toMatchObject({ state: 'streaming', sinceUnixMs: other.sinceUnixMs })
     await recovers('after the start')
+    expect(await all.differences('after the start, at rest')).toEqual([])
     using again = await PointImages.copy(all.sites, VPG, before.id)
     expect(again.digests()).toEqual(before.digests)
   })
@@ -113,5 +114,20 @@ test('QEMU killed under load, started at once and killed in the middle of each a
     expect(await vm(102)).toMatchObject({ reason: 'full sync complete' })
     expect(await lastSync(102)).toMatch(/^VM 102 is syncing: the VM was started; no bitmap says what changed$/)
     await recovers('after the kills')
+    expect(await all.differences('after the kills, at rest')).toEqual([])
+  })
+}, 300_000)
+
+test('a reset of the guest is no event: the jobs survive, the stream goes on', async () => {
+  await explained(all, async () => {
+    const before = { vms: (await all.vpg()).vms.map(({ state, sinceUnixMs }) => ({ state, sinceUnixMs })), epochs: (await all.sites.agentStatus()).vpgs[0].vms.map(({ epoch }) => epoch) }
+    const guest = all.guest(101)
+    await guest.vm.monitor.run('system_reset')
+    await guest.check('until grep -q /mnt/scsi1 /proc/mounts; do for key in scsi0 scsi1; do mkdir -p /mnt/$key; mount -t ext4 -o noatime /dev/lab/$key /mnt/$key; done; done', { deadlineMs: BOOT_DEADLINE_MS })
+    await load(101)
+    const after = { vms: (await all.vpg()).vms.map(({ state, sinceUnixMs }) => ({ state, sinceUnixMs })), epochs: (await all.sites.agentStatus()).vpgs[0].vms.map(({ epoch }) => epoch) }
+    expect(after).toEqual(before)
+    await recovers('after the reset')
+    expect(await all.differences('after the reset, at rest')).toEqual([])
   })
 }, 300_000)

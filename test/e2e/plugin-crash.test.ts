@@ -3,7 +3,7 @@ import { randomFillSync } from 'node:crypto'
 import { existsSync, mkdirSync, writeFileSync } from 'node:fs'
 import { pluginApi } from '../../core/api/index.ts'
 import { Random, testSeed } from '../kit/random.ts'
-import { durableRecord, makeTempDir, startJournalWriter, untilRecord, withDeadline } from '../lab/index.ts'
+import { durableRecord, makeTempDir, processesWith, startJournalWriter, untilRecord, withDeadline } from '../lab/index.ts'
 import { until } from '../lab/sites.ts'
 import { hangWorker } from './hang-worker.ts'
 import { PointImages } from './point-images.ts'
@@ -11,6 +11,7 @@ import { qemuState, withoutBitmaps, type QemuState } from './qemu-state.ts'
 import { atRandom, DIRS, explained, GapMeters, KEYS, PROTECTED_DEADLINE_MS, TwoSites, VMS, VPG } from './two-sites.ts'
 
 const ROUNDS = process.env.CDP_ALL ? 15 : 3
+const SYNC_ROUNDS = process.env.CDP_ALL ? 6 : 2
 /** The bound of the product: a guest goes on within this, whatever happens to the plugin. */
 const LONGEST_GAP_MS = 2_000
 const MiB = 1 << 20
@@ -19,6 +20,7 @@ const random = new Random(testSeed())
 let all: TwoSites
 let meters: GapMeters
 let untouched: QemuState[]
+const pluginPids: number[] = []
 
 beforeAll(async () => {
   console.log(`seed ${random.seed}`)
@@ -35,6 +37,8 @@ beforeAll(async () => {
 
 afterAll(async () => {
   await all?.[Symbol.asyncDispose]()
+  // The name of a watchdog's program is all that its command line has in common with the site; its plugins are gone.
+  await until('no watchdog outlives its plugin', 5_000, async () => pluginPids.every((pid) => processesWith(`watchdog.js ${pid} `).length === 0) || undefined)
 }, 60_000)
 
 /** Measures the guests' I/O around what is done to the plugin, and until they have written on after it. */
@@ -50,12 +54,12 @@ const withGap = async (what: string, work: () => Promise<void>): Promise<void> =
   expect(all.guests.map(({ vm }) => vm.running)).toEqual([true, true])
 }
 
-/** SIGKILL in the moment in which QEMU tells of a job of ours in that state. The plugin may be starting or running. */
-const killAtJobState = async (vmId: number, status: string, during: () => Promise<unknown>): Promise<void> => {
+/** SIGKILL (or SIGSTOP) in the moment in which QEMU tells of a job of ours in that state, until the plugin has ended. It may be starting or running. */
+const endAtJobState = async (signal: 'SIGKILL' | 'SIGSTOP', vmId: number, status: string, during: () => Promise<unknown>): Promise<void> => {
   const { promise, resolve } = Promise.withResolvers<void>()
   const stop = all.guest(vmId).vm.monitor.onEvent(({ name, data }) => {
     if (name !== 'JOB_STATUS_CHANGE' || data.status !== status || !String(data.id).startsWith('cdp-job-')) return
-    all.sites.plugin.signal('SIGKILL')
+    all.sites.plugin.signal(signal)
     resolve()
   })
   try {
@@ -71,6 +75,7 @@ const killAtJobState = async (vmId: number, status: string, during: () => Promis
 /** Started again by somebody, as systemd would: it comes back by itself, and says by which sync and why. */
 const comesBack = async (kind: 'initial' | 'bitmap', why: RegExp): Promise<void> => {
   if (all.sites.plugin.pid === undefined) await all.sites.plugin.start()
+  pluginPids.push(all.sites.plugin.pid!)
   const vpg = await all.sites.untilProtected(VPG, PROTECTED_DEADLINE_MS)
   expect(vpg.vms.map(({ reason }) => reason)).toEqual([`${kind} sync complete`, `${kind} sync complete`])
   const told = await all.pluginEvents()
@@ -94,16 +99,17 @@ const jobsOfOurs = async (): Promise<string[]> => (await Promise.all(all.guests.
 
 test('killed at attach, in the first copy, and with the shield half built: the guests go on, the copy goes on where it was', async () => {
   await explained(all, async () => {
-    await withGap('kill -9 when the first job was made', () => killAtJobState(101, 'created', () => all.sites.createVpg(VPG, VMS.map(({ vmId }) => vmId), 1_000)))
+    await withGap('kill -9 when the first job was made', () => endAtJobState('SIGKILL', 101, 'created', () => all.sites.createVpg(VPG, VMS.map(({ vmId }) => vmId), 1_000)))
     await withGap('kill -9 in the first copy', async () => {
       await all.sites.plugin.start()
       await until('both first copies are under way', 60_000, async () => (await all.vpg()).vms.every(({ sync }) => sync?.kind === 'initial' && sync.doneBytes > 0) || undefined)
       await atRandom(random, 0, 1_500)
       await all.sites.plugin.kill()
     })
-    await withGap('kill -9 while the job of the 8.4 guest is paused for its shield', () => killAtJobState(102, 'standby', () => all.sites.plugin.start()))
+    await withGap('kill -9 while the job of the 8.4 guest is paused for its shield', () => endAtJobState('SIGKILL', 102, 'standby', () => all.sites.plugin.start()))
     await comesBack('initial', /^VM \d+ is syncing: first copy goes on: /)
     await recovers('after the first copy')
+    expect(await all.differences('after the first copy, at rest')).toEqual([])
   })
 }, 300_000)
 
@@ -121,6 +127,25 @@ test(`killed ${ROUNDS} times while streaming: the guests' I/O never stops, and a
   })
 }, 400_000)
 
+test('killed in the middle of a bitmap sync, again and again: the rotated bitmaps become one, and nothing is forgotten', async () => {
+  await explained(all, async () => {
+    await all.sites.plugin.kill()
+    const syncing = [101, 102].map((vmId) => async () => ((await all.vpg()).vms.find((vm) => vm.vmId === vmId)?.sync?.doneBytes ?? 0) > 0 || undefined)
+    for (let round = 1; round <= SYNC_ROUNDS; round++) {
+      await withGap(`kill -9 in a bitmap sync, round ${round}`, async () => {
+        for (const guest of all.guests) await guest.check(`dd if=/mnt/scsi0/random of=/mnt/scsi1/missed-${round} bs=1M skip=${round} count=16 conv=fsync 2>/dev/null`, { deadlineMs: 60_000 })
+        await all.sites.plugin.start()
+        await until('a bitmap sync is under way', 60_000, syncing[round % 2])
+        await atRandom(random, 0, 700)
+        await all.sites.plugin.kill()
+      })
+    }
+    await comesBack('bitmap', /^VM \d+ is syncing: the plugin was started again$/)
+    expect(await all.differences('after kills in bitmap syncs')).toEqual([])
+    await recovers('after kills in bitmap syncs')
+  })
+}, 300_000)
+
 test('stopped by SIGSTOP: the watchdog ends it, the guests go on within 2 s', async () => {
   await explained(all, async () => {
     await withGap('SIGSTOP', async () => {
@@ -128,8 +153,12 @@ test('stopped by SIGSTOP: the watchdog ends it, the guests go on within 2 s', as
       expect(await all.sites.plugin.ended(10_000)).toBe(true)
     })
     expect(all.sites.plugin.log()).toContain('gave no sign of life')
+    for (const [vmId, status] of [[101, 'created'], [102, 'standby']] as const) {
+      await withGap(`SIGSTOP while a job of VM ${vmId} is ${status}`, () => endAtJobState('SIGSTOP', vmId, status, () => all.sites.plugin.start()))
+    }
     await comesBack('bitmap', /^VM \d+ is syncing: the plugin was started again$/)
     await recovers('after SIGSTOP')
+    expect(await all.differences('after SIGSTOP, at rest')).toEqual([])
   })
 }, 200_000)
 
@@ -148,6 +177,7 @@ test('a capture worker that hangs is ended: its guest goes on within 2 s, the ot
     expect(all.sites.plugin.pid).toBe(pid)
     expect(await epochs()).toEqual([before[0] + 1, before[1]])
     await recovers('after the hung worker')
+    expect(await all.differences('after the hung worker, at rest')).toEqual([])
   })
 }, 200_000)
 

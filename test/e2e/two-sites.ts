@@ -4,11 +4,12 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { pluginApi, type Checkpoint, type VpgStatus } from '../../core/api/index.ts'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import {
-  bootGuest, ioGap, leaksOf, makeExt4Image, makeTempDir, startGapMeter,
+  bootGuest, ioGap, leaksOf, makeExt4Image, makeTempDir, startGapMeter, tool,
   type BootGuestOptions, type Guest, type GuestJob, type IoGap, type TempDir, type VmDisk, type VmShape,
 } from '../lab/index.ts'
 import type { SiteConfig } from '../lab/site-config.ts'
 import { Sites, until } from '../lab/sites.ts'
+import { PointImages } from './point-images.ts'
 
 export const VPG = 'shop'
 export const KEYS = ['scsi0', 'scsi1'] as const
@@ -101,6 +102,31 @@ export class TwoSites implements AsyncDisposable {
       }
     }, async () => JSON.stringify(await this.vpg()))
     return until(`"${tag}" is valid`, 60_000, async () => (await this.sites.checkpoints(VPG)).find(({ id, state }) => id === checkpointId && (state === 'valid' || state === 'proved')))
+  }
+
+  /**
+   * The differences between the protected disks and a checkpoint of this very moment, byte by byte: the guests are paused meanwhile.
+   * Empty is as it has to be whenever the group is protected.
+   */
+  async differences(tag: string): Promise<string[]> {
+    await this.sites.untilProtected(VPG, PROTECTED_DEADLINE_MS)
+    const guests = this.guests
+    for (const { vm } of guests) await vm.monitor.run('stop')
+    try {
+      const { id } = await this.tag(tag)
+      using point = await PointImages.copy(this.sites, VPG, id)
+      const digests = point.digests()
+      const different: string[] = []
+      for (const { vmId } of VMS) {
+        for (const { key, path } of disksOf(this.rootDir, vmId)) {
+          const { stdout } = await tool('sha256sum', [path], { deadlineMs: 120_000 })
+          if (stdout.slice(0, 64) !== digests[`${vmId}/${key}`]) different.push(`VM ${vmId} ${key}`)
+        }
+      }
+      return different
+    } finally {
+      for (const { vm } of guests) await vm.monitor.run('cont')
+    }
   }
 
   /** What the plugin has told its operator since it was started, oldest first. */
