@@ -43,11 +43,14 @@ export class Ingest implements Disposable {
   }
 
   #takeOver(key: string, helloEpoch: number, admitted: StreamReceiver, storeEpoch: number): void {
+    // The store refuses an epoch that is not its own; nobody has to make room for that.
+    if (helloEpoch !== 0 && helloEpoch !== storeEpoch) return
     const older = this.#streams.get(key)
     // A reconnect may come before the death of its own old connection was noticed; only a newer attach makes the old one stale.
     if (helloEpoch === 0) older?.supersede()
-    else if (older !== undefined && older.epoch <= helloEpoch) older.close('the same attach connected again')
-    if (helloEpoch === 0 || helloEpoch === storeEpoch) this.#streams.set(key, admitted)
+    else if (older?.hello?.epoch === 0 && older.epoch === 0) return
+    else older?.close('the same attach connected again')
+    this.#streams.set(key, admitted)
   }
 
   isConnected(siteId: string, vm: string): boolean {

@@ -1,6 +1,7 @@
 import { describe, expect, test } from '@jest/globals'
 import { loggerTo } from '../../core/log/index.ts'
 import type { LogLine } from '../../core/log/index.ts'
+import type { CheckpointMark } from '../../core/record/index.ts'
 import type { CaptureWorker } from '../capture/index.ts'
 import { GroupClock } from '../capture/index.ts'
 import { CheckpointLabels, cronExpression, cutOnOneNode, scheduleCheckpoints } from './index.ts'
@@ -25,20 +26,19 @@ describe('the schedule', () => {
     const lines: LogLine[] = []
     const twice = Promise.withResolvers<void>()
     let cuts = 0
-    {
-      using _schedule = scheduleCheckpoints(1000, loggerTo('debug', (line) => lines.push(line)), async () => {
-        if (++cuts === 2) twice.resolve()
-        throw new Error('no cut today')
-      })
-      await twice.promise
-    }
+    const schedule = scheduleCheckpoints(1000, loggerTo('debug', (line) => lines.push(line)), async () => {
+      if (++cuts === 2) twice.resolve()
+      throw new Error('no cut today')
+    })
+    await twice.promise
+    schedule[Symbol.dispose]()
     expect(lines.some(({ level }) => level === 'error')).toBe(true)
     expect(cuts).toBe(2)
   })
 })
 
 describe('the group cut on one node', () => {
-  const mark = { id: 'c', vpg: 'shop', vms: ['101'], atUnixMs: 1, kind: 'automatic' } as const
+  const mark: CheckpointMark = { id: 'c', vpg: 'shop', vms: ['101'], atUnixMs: 1, kind: 'automatic' }
   const worker = (answer: () => Promise<unknown>, asked: unknown[] = []) => ({ ask: (name: string, ask: unknown) => (asked.push([name, ask]), answer()) }) as unknown as CaptureWorker
 
   test('raises the clock once and asks all with the value before it', async () => {

@@ -23,7 +23,7 @@ afterEach(async () => {
 })
 
 const bench = (options: Partial<StreamSenderOptions> = {}) => {
-  const [ours, theirs] = duplexPair({ highWaterMark: 16 * 1024 }) as [Duplex, Duplex]
+  const [ours, theirs] = duplexPair({ highWaterMark: 16 * 1024 })
   const queue = new FrameQueue()
   const durable: number[] = []
   const lost: CdpError[] = []

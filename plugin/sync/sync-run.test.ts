@@ -6,7 +6,7 @@ import { SlabPool } from '../buffer/index.ts'
 import { RaceGuard, SyncRun } from './index.ts'
 
 const MiB = 1024 * 1024
-afterEach(() => jest.restoreAllMocks())
+afterEach(() => void jest.restoreAllMocks())
 
 test('progress never passes a read that failed, even if the rest of the disk is found empty meanwhile', async () => {
   let nowMs = 0

@@ -239,9 +239,10 @@ describe('a capture session and an agent', () => {
     let up = false
     await using site = await startSite({ connect: () => (up ? dial(join(site.dir, 'a')) : Promise.reject(new CdpError('UNREACHABLE', 'nobody listens'))) })
     await expect(site.session.open({ reason: 'x', epoch: { reason: 'x' } })).rejects.toMatchObject({ code: 'UNREACHABLE' })
-    await using _agent = await new Agent(site.dir).listen()
+    await using agent = await new Agent(site.dir).listen()
     up = true
     expect(await site.session.open({ reason: 'x', epoch: { reason: 'x' } })).toMatchObject({ epoch: 1 })
+    expect(agent.sockets.size).toBe(1)
   })
 
   test('with the link down memory fills up to its bound, then capture lets go and the writer goes on', async () => {

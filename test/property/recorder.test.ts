@@ -35,7 +35,6 @@ const runHistory = async (seed: number): Promise<{ records: number; frames: numb
   const recorder = new Recorder({ queue, smallSlabs, largeSlabs, compressor: random.chance(0.5) ? adaptiveZstd() : () => undefined, nowUnixMs: () => 1, lingerMs: random.int(0, 3) })
   const begunAt = random.int(0, 1000)
   recorder.begin(7, begunAt, random.chance(0.5))
-  let direct = false
   const expected: Expected[] = []
   recorder.mark(RecordKind.epoch, 0, { reason: 'x' })
   queue.onPush = () => undefined
@@ -70,7 +69,7 @@ const runHistory = async (seed: number): Promise<{ records: number; frames: numb
   // The mode is whatever begin was told; the first frame says which.
   recorder.flush()
   check()
-  direct = firstFlags === FLAG_DIRECT
+  let direct = firstFlags === FLAG_DIRECT
   for (let n = random.int(50, 400); n > 0; n--) {
     const disk = random.int(0, 4)
     const offsetBytes = 512 * random.int(0, 1 << 20)

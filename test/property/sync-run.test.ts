@@ -142,7 +142,7 @@ describe('a copy against concurrent writes', () => {
     let nowMs = 0
     jest.spyOn(performance, 'now').mockImplementation(() => (nowMs += 300))
   })
-  afterEach(() => jest.restoreAllMocks())
+  afterEach(() => void jest.restoreAllMocks())
 
   test('whole: replay of the records is the disk, after any interleaving', async () => {
     for (let run = 0; run < 15; run++) {
@@ -222,7 +222,7 @@ test('over a real NBD connection: data, holes, and a read the server refuses', a
   const disk = new MemoryExport({ name: 'scsi0', sizeBytes: DISK_BYTES, readOnly: true })
   const vm = new ModelVm(new Random(1))
   vm.disk.copy(disk.bytes)
-  await using _server = await NbdServer.listen({ address: { path: `${directory.path}/s` }, findExport: () => disk, listExports: () => [disk] })
+  await using server = await NbdServer.listen({ address: { path: `${directory.path}/s` }, findExport: () => disk, listExports: () => [disk] })
   await using client = await NbdClient.connect({ path: `${directory.path}/s` }, { exportName: 'scsi0', metaContexts: [BASE_ALLOCATION] })
   await vm.sync({}, client)
   expect(differing(vm.mirror, vm.disk)).toBe(-1)
@@ -231,4 +231,5 @@ test('over a real NBD connection: data, holes, and a read the server refuses', a
   await client[Symbol.asyncDispose]()
   await expect(gone).rejects.toMatchObject({ code: 'CLOSED' })
   expect(vm.guard.busy).toBe(false)
+  expect(server.address).toEqual({ path: `${directory.path}/s` })
 })
