@@ -100,7 +100,7 @@ const run = async (options: BenchOptions): Promise<Figure[]> => {
     return async (rig: PathRig) => {
       const measured = await measure(rig, one, 110 + index * 10, options)
       if (wants(one.name)) figures.push(measured.figure)
-      cpu.push(...measured.cpu)
+      if (one.cpu) cpu.push(...measured.cpu)
       if (one.name === RATE_NAME) maxIops = measured.rate
     }
   })

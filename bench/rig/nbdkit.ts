@@ -1,6 +1,6 @@
 import { spawn, type ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync } from 'node:fs'
+import { existsSync, rmSync } from 'node:fs'
 import { connect, createServer, type AddressInfo } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { CdpError } from '../../core/errors/index.ts'
@@ -26,6 +26,8 @@ export class Nbdkit implements AsyncDisposable {
   /** On a unix socket in `directory`. */
   static async start(directory: string, ...args: string[]): Promise<Nbdkit> {
     const socketPath = `${directory}/nbdkit.sock`
+    // One that was killed leaves its socket.
+    rmSync(socketPath, { force: true })
     return Nbdkit.#start(['-U', socketPath, ...args], async () => existsSync(socketPath), socketPath, 0)
   }
 
