@@ -30,6 +30,11 @@ export class Ingest implements Disposable {
         if (!admitted.closed) this.#takeOver(`${siteId}/${hello.vm}`, hello.epoch, admitted, store.epoch)
         return store
       },
+      // A plugin that was started again shows its RPO at once, and never labels a checkpoint below one that is here.
+      onWelcomed: ({ hello }) => {
+        const latest = hello && catalogue.latest(siteId, hello.vpg)
+        if (latest !== undefined) receiver.tell({ validCheckpoint: { id: latest.id, atUnixMs: latest.atUnixMs } })
+      },
       onClosed: (closed, why) => {
         this.#all.delete(closed)
         const { hello } = closed

@@ -10,6 +10,8 @@ export type StreamReceiverOptions = {
   log: Logger
   /** Gives the store of the VM that says hello, and sees to it that older streams of it end. @throws CdpError: refused with its message */
   admit: (hello: Hello, receiver: StreamReceiver) => Promise<VmStore>
+  /** The stream begins; what is told here comes right after the welcome. */
+  onWelcomed?: (receiver: StreamReceiver) => void
   onClosed: (receiver: StreamReceiver, why: string) => void
   helloDeadlineMs?: number
   stallMs?: number
@@ -157,6 +159,7 @@ export class StreamReceiver implements Disposable {
       store.onDurable = this.#onDurable
       store.onStopped = this.#onStopped
       this.#socket.write(welcomeMessage(answer))
+      this.#options.onWelcomed?.(this)
       this.#options.log.info('stream begins', { vm: hello.vm, vpg: hello.vpg, epoch: answer.epoch, durableSeq: answer.durableSeq, why: hello.reason })
     } catch (error) {
       this.refuse(toCdpError(error, 'INTERNAL'))

@@ -101,6 +101,8 @@ const isDisk = (value: unknown): value is DiskEntry => {
   )
 }
 const isCount = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0
+/** As long as a segment's header has room for. */
+const isVmName = (value: unknown): value is string => isName(value) && value.length <= 36
 const isName = (value: unknown): value is string => typeof value === 'string' && /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/.test(value)
 
 /** @throws CdpError STREAM_PROTOCOL */
@@ -109,7 +111,7 @@ export const readHello = (body: Buffer): Hello => {
   const { protocol, vm, vpg, vms, epoch, disks, reason } = json
   if (protocol !== STREAM_PROTOCOL) throw new CdpError('STREAM_PROTOCOL', `peer speaks stream protocol ${JSON.stringify(protocol)}, this side ${STREAM_PROTOCOL}`, { hint: 'Install the same version of pve-cdp on both sites.' })
   if (
-    !isName(vm) || !isName(vpg) || !Array.isArray(vms) || vms.length > 1000 || !vms.every(isName) || !vms.includes(vm) ||
+    !isVmName(vm) || !isName(vpg) || !Array.isArray(vms) || vms.length > 1000 || !vms.every(isVmName) || !vms.includes(vm) ||
     !isCount(epoch) || !Array.isArray(disks) || disks.length === 0 || disks.length > 256 || !disks.every(isDisk) || typeof reason !== 'string'
   ) {
     throw broken('hello')
