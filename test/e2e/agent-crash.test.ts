@@ -25,9 +25,8 @@ beforeAll(async () => {
   await using files = makeTempDir()
   mkdirSync(`${files.path}/content`)
   writeFileSync(`${files.path}/content/random`, randomFillSync(Buffer.alloc(16 * MiB)))
-  all = await TwoSites.start({ fromDir: `${files.path}/content`, plugin: { memoryBytesPerVm: 32 * MiB }, agent: { segmentBytes: 4 * MiB } })
+  all = await TwoSites.start({ fromDir: `${files.path}/content`, plugin: { memoryBytesPerVm: 32 * MiB, syncRateBytesPerSec: 16 * MiB }, agent: { segmentBytes: 4 * MiB } })
   untouched = await Promise.all(all.guests.map(({ vm }) => qemuState(vm)))
-  await explained(all, () => all.protect())
   for (const guest of all.guests) startJournalWriter(guest, DIRS)
   await Promise.all(all.guests.map((guest) => untilRecord(guest, 10)))
   meters = new GapMeters(all.guests)
@@ -76,6 +75,24 @@ const recovers = async (tag: string): Promise<void> => {
   using point = await PointImages.copy(all.sites, VPG, checkpoint.id)
   await expectWhole(point, durable)
 }
+
+test('killed in the first copy: the copy goes on over the same attach, and the first checkpoint is whole', async () => {
+  await explained(all, async () => {
+    await all.sites.createVpg(VPG, VMS.map(({ vmId }) => vmId), 1_000)
+    for (const part of [0.1, 0.5]) {
+      await until('the first copies are under way', 60_000, async () => (await onPlugin()).every(({ sync, state }) => state === 'streaming' || (sync !== undefined && sync.doneBytes > sync.totalBytes * part)) || undefined)
+      await withGap(`kill -9 of the agent in the first copy, from ${part * 100} % on`, async () => {
+        await atRandom(random, 0, 300)
+        await all.sites.agent.kill()
+        await all.sites.agent.start()
+      })
+    }
+    await all.sites.untilProtected(VPG, PROTECTED_DEADLINE_MS)
+    expect((await onPlugin()).map(({ reason }) => reason)).toEqual(['initial sync complete', 'initial sync complete'])
+    expect(await epochsOf()).toEqual([1, 1])
+    expect(await all.differences('the first copy, at rest')).toEqual([])
+  })
+}, 300_000)
 
 test(`killed ${ROUNDS} times under load: no acknowledged record is lost, none comes twice, the order holds, and the same attach goes on`, async () => {
   await explained(all, async () => {

@@ -1,6 +1,7 @@
 import { afterAll, beforeAll, expect, test } from '@jest/globals'
 import { randomFillSync } from 'node:crypto'
 import { existsSync, mkdirSync, writeFileSync } from 'node:fs'
+import { setTimeout as delay } from 'node:timers/promises'
 import { pluginApi } from '../../core/api/index.ts'
 import { Random, testSeed } from '../kit/random.ts'
 import { durableRecord, makeTempDir, processesWith, startJournalWriter, untilRecord, withDeadline } from '../lab/index.ts'
@@ -26,7 +27,7 @@ beforeAll(async () => {
   console.log(`seed ${random.seed}`)
   await using files = makeTempDir()
   mkdirSync(`${files.path}/content`)
-  writeFileSync(`${files.path}/content/random`, randomFillSync(Buffer.alloc(20 * MiB)))
+  writeFileSync(`${files.path}/content/random`, randomFillSync(Buffer.alloc(16 * MiB)))
   // A first copy takes some seconds at this rate: long enough to be met in the middle.
   all = await TwoSites.start({ fromDir: `${files.path}/content`, plugin: { syncRateBytesPerSec: 12 * MiB }, pluginNodeArgs: ['--inspect=127.0.0.1:0'] })
   untouched = await Promise.all(all.guests.map(({ vm }) => qemuState(vm)))
@@ -133,7 +134,7 @@ test('killed in the middle of a bitmap sync, again and again: the rotated bitmap
     const syncing = [101, 102].map((vmId) => async () => ((await all.vpg()).vms.find((vm) => vm.vmId === vmId)?.sync?.doneBytes ?? 0) > 0 || undefined)
     for (let round = 1; round <= SYNC_ROUNDS; round++) {
       await withGap(`kill -9 in a bitmap sync, round ${round}`, async () => {
-        for (const guest of all.guests) await guest.check(`dd if=/mnt/scsi0/random of=/mnt/scsi1/missed-${round} bs=1M skip=${round} count=16 conv=fsync 2>/dev/null`, { deadlineMs: 60_000 })
+        for (const guest of all.guests) await guest.check(`dd if=/mnt/scsi0/random of=/mnt/scsi1/missed-${round % 2} bs=1M skip=${round % 4} count=12 conv=fsync 2>/dev/null`, { deadlineMs: 60_000 })
         await all.sites.plugin.start()
         await until('a bitmap sync is under way', 60_000, syncing[round % 2])
         await atRandom(random, 0, 700)
@@ -161,6 +162,25 @@ test('stopped by SIGSTOP: the watchdog ends it, the guests go on within 2 s', as
     expect(await all.differences('after SIGSTOP, at rest')).toEqual([])
   })
 }, 200_000)
+
+test('a watchdog that was held up itself does not take the plugin for hung; one that died is started again, and watches', async () => {
+  await explained(all, async () => {
+    const { pid } = all.sites.plugin
+    const watchdogs = (): number[] => processesWith(`watchdog.js ${pid} `).map((found) => found.pid)
+    const [first] = watchdogs()
+    process.kill(first, 'SIGSTOP')
+    await delay(2_500) // longer than it waits for a sign of life: there is no event in that
+    process.kill(first, 'SIGCONT')
+    expect(await all.sites.plugin.ended(1_000)).toBe(false)
+    process.kill(first, 'SIGKILL')
+    await until('another watchdog', 20_000, async () => watchdogs().some((found) => found !== first) || undefined)
+    await withGap('SIGSTOP under the second watchdog', async () => {
+      all.sites.plugin.signal('SIGSTOP')
+      expect(await all.sites.plugin.ended(10_000)).toBe(true)
+    })
+    await comesBack('bitmap', /^VM \d+ is syncing: the plugin was started again$/)
+  })
+}, 120_000)
 
 test('a capture worker that hangs is ended: its guest goes on within 2 s, the other one is not touched, capture comes back', async () => {
   await explained(all, async () => {

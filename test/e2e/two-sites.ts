@@ -43,7 +43,7 @@ export class TwoSites implements AsyncDisposable {
   }
 
   static async start(options: TwoSitesOptions = {}): Promise<TwoSites> {
-    const { diskBytes = 96 << 20, fromDir, plugin = {}, agent = {}, pluginNodeArgs = [], boot = VMS.map(({ vmId }) => vmId) } = options
+    const { diskBytes = 64 << 20, fromDir, plugin = {}, agent = {}, pluginNodeArgs = [], boot = VMS.map(({ vmId }) => vmId) } = options
     await using stack = new AsyncDisposableStack()
     const dir = stack.use(makeTempDir())
     const images = VMS.flatMap(({ vmId }) => disksOf(dir.path, vmId))
