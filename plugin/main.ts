@@ -20,14 +20,14 @@ const run = async (): Promise<void> => {
   const events = new EventLog()
 
   await using daemon = new AsyncDisposableStack()
-  if (config.watchdog) {
-    const watchdog = daemon.use(new Watchdog({ log, healthy: () => true }))
-    watchdog.start()
-  }
   const siteDirectory = config.siteDirectory ?? join(config.pveDirectory, 'priv/cdp')
   const cluster = daemon.use(await Cluster.open({
     pveDirectory: config.pveDirectory, siteDirectory, link: config.nodeLink, log, ...(config.nodeName === undefined ? {} : { nodeName: config.nodeName }),
   }))
+  if (config.watchdog) {
+    const watchdog = daemon.use(new Watchdog({ log, healthy: () => true }))
+    watchdog.start()
+  }
   const service = daemon.use(new PluginService({
     cluster, siteDirectory, vpgFile: config.vpgFile, holdMs: config.holdMs,
     log,

@@ -54,7 +54,10 @@ export class Cluster implements AsyncDisposable {
     const nodeName = options.nodeName ?? (await localNodeName(pveDirectory))
     const files = new ClusterFiles({ pveDirectory, siteDirectory, nodeName })
     const siteId = await onceInCluster(files, siteDirectory, 'site-id', () => loadOrCreateSiteId(siteDirectory))
-    return new Cluster(options, nodeName, siteId, files)
+    const cluster = new Cluster(options, nodeName, siteId, files)
+    // Now, while nothing depends on this process: loading what makes certificates blocks it for a while.
+    if ((await files.nodes()).length > 1) await cluster.#identify().catch((error: unknown) => options.log.warn('this node has no certificate for the others yet', { error: errorMessage(error) }))
+    return cluster
   }
 
   /** From now on other nodes are answered; the door opens as soon as there are any. */
@@ -77,8 +80,7 @@ export class Cluster implements AsyncDisposable {
     try {
       this.#nodes = new Set(await this.#files.nodes())
       if (this.#nodes.size > 1) await this.#openDoor()
-      const trouble = ''
-      this.#trouble = trouble
+      this.#trouble = ''
     } catch (error) {
       if (this.#trouble !== errorMessage(error)) this.#options.log.error('this node cannot be reached by the other nodes', { error })
       this.#trouble = errorMessage(error)
@@ -138,16 +140,22 @@ export class Cluster implements AsyncDisposable {
     link.start()
   }
 
+  async #identify(): Promise<NodeIdentity> {
+    const { siteDirectory } = this.#options
+    this.#identity ??= await issueNodeIdentity(
+      await onceInCluster(this.#files, siteDirectory, 'authority.pem', () => loadOrCreateAuthority(siteDirectory, { name: `pve-cdp-${this.siteId}` })), this.nodeName)
+    return this.#identity
+  }
+
   async #openDoor(): Promise<void> {
     const handlers = this.#handlers
     if (this.#listener !== undefined || handlers === undefined) return
-    const { siteDirectory, link, log } = this.#options
-    this.#identity ??= await issueNodeIdentity(
-      await onceInCluster(this.#files, siteDirectory, 'authority.pem', () => loadOrCreateAuthority(siteDirectory, { name: `pve-cdp-${this.siteId}` })), this.nodeName)
+    const { link, log } = this.#options
+    const identity = await this.#identify()
     const host = link.host ?? (await this.#files.memberAddress(this.nodeName))
     if (host === undefined) throw new CdpError('IO', 'this node has no address within the cluster', { hint: 'See "pvecm status", or set nodeLink.host in plugin.json.' })
     this.#listener = await listenSecure({
-      host, port: link.port, tls: this.#identity.server, log,
+      host, port: link.port, tls: identity.server, log,
       admit: ({ siteId: node }) => (this.#nodes.has(node) && node !== this.nodeName ? undefined : `${node} is no other node of this cluster`),
       onNode: (socket, { siteId: node }) => serveNode(socket, node, handlers, log),
     })

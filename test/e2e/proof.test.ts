@@ -5,6 +5,7 @@ import { testSeed } from '../kit/random.ts'
 
 const CHECKPOINTS = process.env.CDP_ALL === undefined ? 200 : 1000
 const DISTURBED_CHECKPOINTS = process.env.CDP_ALL === undefined ? 60 : 300
+const NODES_CHECKPOINTS = process.env.CDP_ALL === undefined ? 50 : 200
 
 beforeAll(async () => {
   await tool(process.execPath, ['scripts/build.mjs'], { cwd: projectDir(), deadlineMs: 120_000 })
@@ -28,6 +29,15 @@ test(`what ${CHECKPOINTS} checkpoints show of two VMs with two disks each is clo
   expect(answer.abandoned).toEqual(expect.any(Number))
   expect(exitCode).toBe(0)
 }, 60_000 + CHECKPOINTS * 1_000)
+
+test(`it holds over two nodes, asked of either, in ${NODES_CHECKPOINTS} checkpoints`, async () => {
+  const seed = testSeed()
+  const { exitCode, answer, stderr } = await proof('--nodes', '2', '--checkpoints', String(NODES_CHECKPOINTS), '--seed', String(seed))
+  if (exitCode !== 0) console.log(stderr.slice(-8000))
+  expect(answer).toMatchObject({ ok: true, nodes: 2, checkpoints: NODES_CHECKPOINTS, violations: 0, seed })
+  expect(answer.bracketed).toBeGreaterThan(NODES_CHECKPOINTS / 2)
+  expect(exitCode).toBe(0)
+}, 120_000 + NODES_CHECKPOINTS * 2_000)
 
 test('it holds while the agent and the plugin are killed and stopped under it', async () => {
   const seed = testSeed()
