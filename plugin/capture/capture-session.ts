@@ -1,25 +1,26 @@
 import type { Duplex } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { CdpError, errorMessage, toCdpError } from '../../core/errors/index.ts'
+import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import { NbdClient } from '../../core/nbd/index.ts'
 import { RecordKind, adaptiveZstd } from '../../core/record/index.ts'
 import { STREAM_PROTOCOL } from '../../core/stream/index.ts'
 import type { Welcome } from '../../core/stream/index.ts'
 import { FrameQueue, SlabPool } from '../buffer/index.ts'
-import { StreamSender } from '../replicate/index.ts'
+import { StreamLink } from '../replicate/index.ts'
 import { RaceGuard, SyncRun } from '../sync/index.ts'
 import { AckMeter } from './ack-meter.ts'
 import { MAX_WRITE_BYTES } from './connection.ts'
 import type { CapturedDisk } from './connection.ts'
 import { CutHold } from './cut-hold.ts'
-import { CutLog, GroupClock } from './group-clock.ts'
+import { CutLog } from './group-clock.ts'
+import type { GroupClock } from './group-clock.ts'
 import type { CaptureEvent, CaptureRequests, CaptureWorkerData } from './messages.ts'
 import { Recorder } from './recorder.ts'
 import { CaptureTarget } from './target.ts'
 
+/** One turn of the event loop. */
+const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve))
 const SMALL_SLAB_BYTES = 256 * 1024
-const RECONNECT_FIRST_MS = 250
-const RECONNECT_MAX_MS = 10_000
 /** A sync leaves three quarters of the memory to the guest's own writes. */
 const SYNC_SHARE = 0.25
 const READS_IN_FLIGHT = 8
@@ -51,18 +52,13 @@ export class CaptureSession implements AsyncDisposable {
   readonly #largeSlabs: SlabPool
   readonly #recorder: Recorder
   readonly #target: CaptureTarget
-  #sender: StreamSender | undefined
-  #linkUp = false
+  readonly #link: StreamLink
   #attached = false
-  #durableSeq = 0
   #consistentFromSeq = Infinity
   readonly #connections = new Map<string, number>()
   readonly #hold = new CutHold(() => this.#target.releaseHeld())
-  #reconnect: NodeJS.Timeout | undefined
-  #reconnectMs = RECONNECT_FIRST_MS
   #sync: AbortController | undefined
   #waiters: { until: () => boolean; resolve: () => void }[] = []
-  #disposed = false
 
   constructor(options: CaptureSessionOptions) {
     this.#options = options
@@ -77,6 +73,19 @@ export class CaptureSession implements AsyncDisposable {
       lingerMs: options.lingerMs,
     })
     this.#queue.onPush = () => this.#onFrame()
+    const { vm, vpg, vms, disks, emit } = options
+    this.#link = new StreamLink({
+      queue: this.#queue, connect: options.connect, random: options.random,
+      hello: (epoch, reason) => ({ protocol: STREAM_PROTOCOL, vm, vpg, vms, epoch, disks, reason }),
+      onUp: () => emit({ is: 'link', up: true, why: '' }),
+      onDown: (why) => {
+        emit({ is: 'link', up: false, why })
+        this.#wake()
+      },
+      onOver: (why) => this.#letGo(why),
+      onDurable: () => this.#wake(),
+      onNews: (news) => emit({ is: 'news', news }),
+    })
     this.#target = new CaptureTarget({
       path: options.targetPath,
       disks: this.#disks,
@@ -112,18 +121,16 @@ export class CaptureSession implements AsyncDisposable {
   async open({ reason, epoch }: Ask<'open'>): Answer<'open'> {
     this.#stopSync('a new attach begins')
     this.#target.letGo()
-    await this.#dropSender()
-    const sender = this.#newSender()
-    const welcome = await sender.open(this.#hello(0, reason))
-    const agentLostData = welcome.durableSeq < this.#durableSeq
-    this.#recorder.begin(welcome.epoch, welcome.durableSeq, !welcome.baseComplete)
-    this.#durableSeq = welcome.durableSeq
-    this.#consistentFromSeq = Infinity
-    this.#cutLog.reset(this.#options.clock.read(), welcome.durableSeq)
-    this.#recorder.mark(RecordKind.epoch, 0, { ...epoch, disks: this.#options.disks })
-    this.#useSender(sender, welcome)
-    this.#attached = true
-    return { ...welcome, agentLostData }
+    const { promise: welcomed, resolve } = Promise.withResolvers<Welcome>()
+    const agentLostData = await this.#link.open(reason, (welcome) => {
+      this.#recorder.begin(welcome.epoch, welcome.durableSeq, !welcome.baseComplete)
+      this.#consistentFromSeq = Infinity
+      this.#cutLog.reset(this.#options.clock.read(), welcome.durableSeq)
+      this.#recorder.mark(RecordKind.epoch, 0, { ...epoch, disks: this.#options.disks })
+      this.#attached = true
+      resolve(welcome)
+    })
+    return { ...(await welcomed), agentLostData }
   }
 
   async sync({ kind, reason, exportSocketPath, disks, rateBytesPerSec }: Ask<'sync'>): Answer<'sync'> {
@@ -164,6 +171,9 @@ export class CaptureSession implements AsyncDisposable {
   }
 
   async cut({ c, mark }: Ask<'cut'>): Answer<'cut'> {
+    // Whatever QEMU has closed before this cut was asked for is seen first: what the guest writes since then is not captured.
+    await turn()
+    await turn()
     return this.#mark(this.#cutLog.namedSeq(c), mark)
   }
 
@@ -213,15 +223,14 @@ export class CaptureSession implements AsyncDisposable {
     this.#recorder.flush()
     const { lastSeq } = this.#recorder
     const { promise: late, reject } = Promise.withResolvers<never>()
-    const timer = setTimeout(() => reject(new CdpError('TIMEOUT', 'not everything became durable in time', { context: { lastSeq, durableSeq: this.#durableSeq } })), deadlineMs)
+    const timer = setTimeout(() => reject(new CdpError('TIMEOUT', 'not everything became durable in time', { context: { lastSeq, durableSeq: this.#link.durableSeq } })), deadlineMs)
     try {
-      if (this.#linkUp) await Promise.race([this.#until(() => this.#durableSeq >= lastSeq || !this.#linkUp), late])
+      if (this.#link.up) await Promise.race([this.#until(() => this.#link.durableSeq >= lastSeq || !this.#link.up), late])
     } finally {
       clearTimeout(timer)
-      this.#sender?.end()
-      this.#linkUp = false
+      this.#link.end()
     }
-    return { durableSeq: this.#durableSeq }
+    return { durableSeq: this.#link.durableSeq }
   }
 
   /** Called about once a second: figures for the main thread, and the rule that a slow capture lets go. */
@@ -231,8 +240,8 @@ export class CaptureSession implements AsyncDisposable {
     this.#options.emit({
       is: 'stats',
       stats: {
-        receivedSeq: this.#recorder.lastSeq, durableSeq: this.#durableSeq, heldBytes: this.#queue.heldBytes + this.#recorder.unsealedBytes,
-        peakBytes: this.#queue.peakBytes, linkUp: this.#linkUp, ack, loopLateMs,
+        receivedSeq: this.#recorder.lastSeq, durableSeq: this.#link.durableSeq, heldBytes: this.#queue.heldBytes + this.#recorder.unsealedBytes,
+        peakBytes: this.#queue.peakBytes, linkUp: this.#link.up, ack, loopLateMs,
       },
     })
     const worstMs = Math.max(ack.maxUs / 1000, ack.held.maxUs / 1000, ack.count > 0 ? loopLateMs : 0)
@@ -243,12 +252,11 @@ export class CaptureSession implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#disposed = true
     this.#attached = false
     this.#hold.end()
     this.#stopSync('capture stops')
     await this.#target[Symbol.asyncDispose]()
-    await this.#dropSender()
+    await this.#link[Symbol.asyncDispose]()
     this.#recorder.dispose()
   }
 
@@ -270,9 +278,9 @@ export class CaptureSession implements AsyncDisposable {
   }
 
   #onFrame(): void {
-    this.#sender?.pump()
+    this.#link.pump()
     if (this.#attached && this.#queue.heldBytes + this.#recorder.unsealedBytes > this.#options.budgetBytes) {
-      this.#letGo(this.#linkUp ? 'the link is slower than the guest writes and the memory is full' : 'the link is down and the memory is full')
+      this.#letGo(this.#link.up ? 'the link is slower than the guest writes and the memory is full' : 'the link is down and the memory is full')
     }
   }
 
@@ -291,77 +299,6 @@ export class CaptureSession implements AsyncDisposable {
     this.#sync = undefined
     this.#guard.clear()
     this.#wake()
-  }
-
-  #hello(epoch: number, reason: string) {
-    const { vm, vpg, vms, disks } = this.#options
-    return { protocol: STREAM_PROTOCOL, vm, vpg, vms, epoch, disks, reason }
-  }
-
-  #newSender(): StreamSender {
-    const sender: StreamSender = new StreamSender({
-      queue: this.#queue,
-      connect: this.#options.connect,
-      onDurable: (durableSeq) => this.#onDurable(durableSeq),
-      onNews: (news) => this.#options.emit({ is: 'news', news }),
-      onLost: (error) => {
-        if (this.#sender === sender) this.#onLinkLost(error)
-      },
-    })
-    return sender
-  }
-
-  #useSender(sender: StreamSender, { durableSeq }: Welcome): void {
-    this.#sender = sender
-    this.#linkUp = true
-    this.#reconnectMs = RECONNECT_FIRST_MS
-    this.#queue.rewind(durableSeq)
-    this.#onDurable(durableSeq)
-    this.#options.emit({ is: 'link', up: true, why: '' })
-    sender.pump()
-  }
-
-  async #dropSender(): Promise<void> {
-    clearTimeout(this.#reconnect)
-    const sender = this.#sender
-    this.#sender = undefined
-    this.#linkUp = false
-    await sender?.[Symbol.asyncDispose]()
-  }
-
-  #onDurable(durableSeq: number): void {
-    if (durableSeq > this.#durableSeq) this.#durableSeq = durableSeq
-    this.#queue.release(durableSeq)
-    this.#wake()
-  }
-
-  #onLinkLost(error: CdpError): void {
-    this.#sender = undefined
-    if (this.#linkUp) this.#options.emit({ is: 'link', up: false, why: error.message })
-    this.#linkUp = false
-    this.#wake()
-    if (error.code === 'STALE_EPOCH' || error.code === 'STREAM_REFUSED') this.#letGo(error.message)
-    else this.#scheduleReconnect()
-  }
-
-  #scheduleReconnect(): void {
-    if (this.#disposed || this.#recorder.epoch === 0) return
-    const delayMs = this.#reconnectMs * (0.5 + this.#options.random())
-    this.#reconnectMs = Math.min(RECONNECT_MAX_MS, this.#reconnectMs * 2)
-    clearTimeout(this.#reconnect)
-    this.#reconnect = setTimeout(() => void this.#resume(), delayMs)
-  }
-
-  async #resume(): Promise<void> {
-    const sender = this.#newSender()
-    this.#sender = sender
-    try {
-      const welcome = await sender.open(this.#hello(this.#recorder.epoch, 'reconnect'))
-      if (welcome.durableSeq < this.#durableSeq) throw new CdpError('STALE_EPOCH', 'the agent has lost data that it had acknowledged')
-      if (this.#sender === sender) this.#useSender(sender, welcome)
-    } catch (error) {
-      if (this.#sender === sender) this.#onLinkLost(toCdpError(error, 'CLOSED'))
-    }
   }
 
   /** Lets a sync read on only while memory has room, and not faster than the limit (0: none). */

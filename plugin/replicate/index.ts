@@ -3,3 +3,5 @@
 // It never builds a record and never decides to let go of a guest.
 export { StreamSender } from './stream-sender.ts'
 export type { StreamSenderOptions } from './stream-sender.ts'
+export { StreamLink } from './stream-link.ts'
+export type { StreamLinkOptions } from './stream-link.ts'
