@@ -9,8 +9,14 @@ let lastMs = performance.now()
 process.stdin.on('data', () => (lastMs = performance.now()))
 process.stdin.on('end', () => process.exit(0))
 
+const CHECK_MS = 50
+let checkedMs = performance.now()
 setInterval(() => {
-  if (performance.now() - lastMs < limitMs) return
+  const nowMs = performance.now()
+  // Who was held up himself (a frozen host or control group) has to read first what has come meanwhile.
+  if (nowMs - checkedMs > limitMs / 2) lastMs = nowMs
+  checkedMs = nowMs
+  if (nowMs - lastMs < limitMs) return
   try {
     process.kill(pid, 'SIGKILL')
   } catch (error) {
@@ -18,4 +24,4 @@ setInterval(() => {
   }
   process.stderr.write(`watchdog: pve-cdp plugin (pid ${pid}) gave no sign of life for ${Math.round(performance.now() - lastMs)} ms and was killed\n`)
   process.exit(1)
-}, 100)
+}, CHECK_MS)
