@@ -1,4 +1,4 @@
-import { cpSync, existsSync, linkSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { cpSync, existsSync, linkSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { tool } from '../../test/lab/index.ts'
 import type { SyntheticJournal } from '../synthetic-journal.ts'
@@ -55,11 +55,18 @@ const linkCopy = (from: string, to: string): void => {
     const names = readdirSync(join(from, folder)).sort()
     for (const name of names) {
       const isOpen = folder === 'journal' && name === names.at(-1)
-      if (isOpen || folder === 'mirror') cpSync(join(from, folder, name), join(to, folder, name))
+      // The mirrors of these journals are blank: copied, their holes would become data.
+      if (folder === 'mirror') makeSparse(join(to, folder, name), statSync(join(from, folder, name)).size)
+      else if (isOpen) cpSync(join(from, folder, name), join(to, folder, name))
       else linkSync(join(from, folder, name), join(to, folder, name))
     }
   }
   cpSync(join(from, 'vm.json'), join(to, 'vm.json'))
+}
+
+const makeSparse = (path: string, sizeBytes: number): void => {
+  writeFileSync(path, '')
+  truncateSync(path, sizeBytes)
 }
 
 /** Bytes of all files below a directory, holes left out. */
