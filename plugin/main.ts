@@ -19,6 +19,9 @@ const run = async (): Promise<void> => {
   await mkdir(config.runDirectory, { recursive: true, mode: 0o755 })
   const events = new EventLog()
 
+  // Loading the API's server blocks this thread for a while: before the watchdog looks, and before a guest depends on it.
+  await import('fastify')
+
   await using daemon = new AsyncDisposableStack()
   const siteDirectory = config.siteDirectory ?? join(config.pveDirectory, 'priv/cdp')
   const cluster = daemon.use(await Cluster.open({
