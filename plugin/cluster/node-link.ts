@@ -185,7 +185,9 @@ export class NodeLink implements AsyncDisposable {
   #connectLater(): void {
     if (this.#abort.signal.aborted) return
     clearTimeout(this.#retry)
-    this.#retry = setTimeout(() => (this.#connecting = this.#connect()), this.#retryMs)
+    this.#retry = setTimeout(() => {
+      this.#connecting = this.#connect()
+    }, this.#retryMs)
     this.#retryMs = Math.min(RETRY_MAX_MS, this.#retryMs * 2)
   }
 }

@@ -85,7 +85,7 @@ export const readReply = (message: unknown): NodeReply => {
 /** @throws CdpError STREAM_PROTOCOL if it is not an answer to that */
 export const checkAnswer = <Name extends NodeAskName>(name: Name, answer: unknown): NodeAnswer<Name> => {
   if (!Value.Check(answers[name], answer)) throw new CdpError('STREAM_PROTOCOL', `another node sent a strange answer to ${name}`, { hint: 'Install the same version of pve-cdp on all nodes.' })
-  return answer as NodeAnswer<Name>
+  return answer
 }
 
 /** Cuts bytes into messages. No I/O. @throws from push: CdpError STREAM_PROTOCOL; unusable afterwards */

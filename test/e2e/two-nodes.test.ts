@@ -53,8 +53,7 @@ const untilGroup = (what: string, plugin: LabDaemon, is: (vpg: VpgStatus) => boo
     return vpg !== undefined && is(vpg) ? vpg : undefined
   }, async () => `${JSON.stringify(await group(plugin))}\n${first.log().slice(-2000)}\n${second.log().slice(-2000)}`)
 const bothProtected = async (): Promise<void> => {
-  await untilGroup('pve1 shows the group as protected', first, ({ state }) => state === 'protected')
-  await untilGroup('pve2 shows the group as protected', second, ({ state }) => state === 'protected')
+  await Promise.all([first, second].map((plugin, index) => untilGroup(`pve${index + 1} shows the group as protected`, plugin, ({ state }) => state === 'protected')))
 }
 const states = (vpg: VpgStatus | undefined): Record<string, string> => Object.fromEntries((vpg?.vms ?? []).map(({ vmId, node, state }) => [`${vmId}@${node}`, state]))
 const load = (vmId: number): FioLoad => {
@@ -172,7 +171,7 @@ describe('a group over two nodes', () => {
     }
     moveVm(pve1, pve2, 102, 'pve2')
     await using back = await start(pve2, 'pve2')
-    for (const plugin of [first, second]) await untilGroup('VM 102 is protected on pve2', plugin, (vpg) => states(vpg)['102@pve2'] === 'streaming' && vpg.state === 'protected')
+    for (const plugin of rig.plugins) await untilGroup('VM 102 is protected on pve2', plugin, (vpg) => states(vpg)['102@pve2'] === 'streaming' && vpg.state === 'protected')
     await untilValid((await tagAt(first, VPG, 'on both again')).checkpointId)
     await back.kill()
   }, 180_000)
