@@ -1,6 +1,6 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import type { Figure } from './figure.ts'
-import { BUDGET_BYTES, mib } from './path.ts'
+import { BUDGET_BYTES, mib } from './rig/budget.ts'
 import type { PathRig } from './rig/path-rig.ts'
 import { peakResidentBytesOf } from './rig/proc.ts'
 

@@ -3,13 +3,12 @@ import { figureOf, median, type Bench, type BenchOptions, type Direction, type F
 import { loads } from './capture.ts'
 import { cpuFigures, type CpuSample } from './cpu.ts'
 import { measureMemory } from './memory.ts'
+import { BUDGET_BYTES, mib } from './rig/budget.ts'
 import type { Load } from './rig/fio.ts'
 import { PathRig, type PathRound } from './rig/path-rig.ts'
 import { measureRpo } from './rpo.ts'
 
 const SIZE_BYTES = 2 * 1024 ** 3
-/** Memory as by default: what the second look runs with. */
-export const BUDGET_BYTES = 64 * 1024 * 1024
 /** Room for a load that the agent cannot follow: its drain is counted instead. */
 const ROOMY_BUDGET_BYTES = 3 * 1024 ** 3
 const AGAINST = "QEMU's own mirror over TLS into nbdkit file"
@@ -84,8 +83,6 @@ const secondLook = async (rig: PathRig, one: Case, vm: string, rate: number, qui
   const at = `at ${Math.round(LOOK_SHARE * 100)} % of it with ${mib(BUDGET_BYTES)} MiB`
   return round.letGo ? `NOT sustained ${at}: ${rig.plugin.news(vm).letGo.at(-1)}` : `${at}: at most ${mib(round.peakBytes)} MiB held`
 }
-
-export const mib = (bytes: number): string => (bytes / 2 ** 20).toFixed(0)
 
 const run = async (options: BenchOptions): Promise<Figure[]> => {
   const { wants, quick, say, scratchDirectory: socketDirectory, diskDirectory, signal } = options

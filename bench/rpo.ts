@@ -1,5 +1,5 @@
 import { quantile, type Figure } from './figure.ts'
-import { BUDGET_BYTES } from './path.ts'
+import { BUDGET_BYTES } from './rig/budget.ts'
 import type { PathRig } from './rig/path-rig.ts'
 
 const VM = '201'
