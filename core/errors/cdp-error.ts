@@ -1,4 +1,4 @@
-import { errorCodes } from './codes.ts'
+import type { errorCodes } from './codes.ts'
 
 export type ErrorCode = keyof typeof errorCodes
 

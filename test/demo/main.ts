@@ -70,10 +70,10 @@ const recover = async (sites: Sites, rootDir: string, checkpointId: string): Pro
 }
 
 const run = async (stack: AsyncDisposableStack): Promise<Record<string, unknown>> => {
-  const directory = stack.use(await makeTempDir())
+  const directory = stack.use(makeTempDir())
   const rootDir = directory.path
-  stack.defer(async () => {
-    const leaks = await leaksOf(rootDir)
+  stack.defer(() => {
+    const leaks = leaksOf(rootDir)
     if (leaks.length > 0) throw new CdpError('INTERNAL', `left behind: ${leaks.join(', ')}`)
   })
   say('booting two guests with two ext4 disks each (QEMU without KVM: slow, but real)')
