@@ -8,6 +8,7 @@ import { CdpError, errorMessage } from '../core/errors/index.ts'
 import { listenSecure } from '../core/link/index.ts'
 import { createDaemonLog } from '../core/log/index.ts'
 import { loadOrCreateAuthority, loadOrCreateServerIdentity, loadOrCreateSiteId } from '../core/pki/index.ts'
+import { FrameBuffers } from '../core/stream/index.ts'
 import { PointDesk, agentRoutes } from './api/index.ts'
 import { Catalogue } from './checkpoint/index.ts'
 import { AgentConfig } from './config.ts'
@@ -16,6 +17,9 @@ import { Ingest, VmRegistry } from './ingest/index.ts'
 import { SegmentSealer } from './journal/index.ts'
 import { createPairingDesk } from './pairing/index.ts'
 import { PinRegistry, PointServer } from './recovery/index.ts'
+
+/** Memory kept for frames on their way to the disk. */
+const FREE_FRAME_BYTES = 64 * 1024 * 1024
 
 const run = async (): Promise<void> => {
   const { values } = parseArgs({ options: { config: { type: 'string' } } })
@@ -33,17 +37,18 @@ const run = async (): Promise<void> => {
   const catalogue = daemon.use(new Catalogue(join(state, 'catalogue.sqlite')))
   const sealer = daemon.use(new SegmentSealer())
   const merger = daemon.use(new RunMerger({ onError: (directory, error) => log.error('index runs could not be merged', { directory, error: error.message }) }))
+  const buffers = new FrameBuffers(FREE_FRAME_BYTES)
   const vmsDirectory = join(state, 'vms')
   let ingest: Ingest | undefined = undefined as Ingest | undefined
   const registry = daemon.use(new VmRegistry({
-    directory: vmsDirectory, catalogue, sealer, log, clock: { nowUnixMs: Date.now },
+    directory: vmsDirectory, catalogue, sealer, log, clock: { nowUnixMs: Date.now }, recycle: (bytes) => buffers.give(bytes),
     limits: { segmentBytes: config.segmentBytes, segmentRecords: config.segmentRecords },
     onValid: (site, vpg, checkpoint) => ingest?.tellValid(site, vpg, checkpoint),
     onSealed: (site, vm) => merger.notify(join(vmsDirectory, site, vm)),
   }))
   await registry.openAll()
   for (const { store } of registry.list()) merger.notify(store.directory)
-  ingest = daemon.use(new Ingest({ registry, catalogue, log }))
+  ingest = daemon.use(new Ingest({ registry, catalogue, log, allocate: (lengthBytes) => buffers.take(lengthBytes) }))
   const streams = ingest
 
   const pointServer = daemon.use(await PointServer.listen({

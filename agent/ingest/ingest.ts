@@ -4,7 +4,7 @@ import type { Catalogue } from '../checkpoint/index.ts'
 import { StreamReceiver } from './stream-receiver.ts'
 import type { VmRegistry } from './vm-registry.ts'
 
-export type IngestOptions = { registry: VmRegistry; catalogue: Catalogue; log: Logger }
+export type IngestOptions = { registry: VmRegistry; catalogue: Catalogue; log: Logger; /** See StreamReceiverOptions. */ allocate?: (lengthBytes: number) => Buffer }
 
 /** Takes streams over from the listener: one per VM at a time, the newest attach wins. */
 export class Ingest implements Disposable {
@@ -23,6 +23,7 @@ export class Ingest implements Disposable {
     const receiver = new StreamReceiver({
       socket,
       log,
+      ...(this.#options.allocate === undefined ? {} : { allocate: this.#options.allocate }),
       admit: async (hello, admitted) => {
         const { store } = await registry.open(siteId, hello.vm)
         catalogue.noteVpg(siteId, hello.vpg, hello.vms)

@@ -13,6 +13,8 @@ export type StreamReceiverOptions = {
   /** The stream begins; what is told here comes right after the welcome. */
   onWelcomed?: (receiver: StreamReceiver) => void
   onClosed: (receiver: StreamReceiver, why: string) => void
+  /** Where bodies of messages come from; who gets a frame gives them back. */
+  allocate?: (lengthBytes: number) => Buffer
   helloDeadlineMs?: number
   stallMs?: number
 }
@@ -42,7 +44,7 @@ export class StreamReceiver implements Disposable {
   constructor(options: StreamReceiverOptions) {
     this.#options = options
     this.#socket = options.socket
-    this.#parser = new MessageParser((type, body) => this.#onMessage(type, body))
+    this.#parser = new MessageParser((type, body) => this.#onMessage(type, body), options.allocate)
     const stallMs = options.stallMs ?? 20_000
     this.#watch = setInterval(() => {
       if (!this.#paused && performance.now() - this.#heardMs > stallMs) this.close('the protected site has been silent')

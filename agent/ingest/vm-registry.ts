@@ -13,6 +13,7 @@ export type VmRegistryOptions = {
   sealer: SegmentSealer
   clock: VmStoreOptions['clock']
   limits?: VmStoreOptions['limits']
+  recycle?: VmStoreOptions['recycle']
   log: Logger
   /** A checkpoint became valid. */
   onValid: (siteId: string, vpg: string, checkpoint: { id: string; atUnixMs: number }) => void
@@ -69,7 +70,7 @@ export class VmRegistry implements AsyncDisposable {
   }
 
   async #open(siteId: string, vm: string, key: string): Promise<RegisteredVm> {
-    const { directory, catalogue, sealer, clock, limits, log } = this.#options
+    const { directory, catalogue, sealer, clock, limits, recycle, log } = this.#options
     const old = this.#vms.get(key)
     if (old !== undefined) {
       this.#vms.delete(key)
@@ -79,7 +80,7 @@ export class VmRegistry implements AsyncDisposable {
     this.#unnoted.delete(key)
     const path = join(directory, siteId, vm)
     await mkdir(path, { recursive: true, mode: 0o700 })
-    const store = await VmStore.open({ directory: path, vm, log: log.child({ siteId, vm }), clock, sealer, ...(limits === undefined ? {} : { limits }) })
+    const store = await VmStore.open({ directory: path, vm, log: log.child({ siteId, vm }), clock, sealer, ...(recycle === undefined ? {} : { recycle }), ...(limits === undefined ? {} : { limits }) })
     const registered = { siteId, vm, store }
     try {
       // The journal may hold less than the catalogue once saw only if its disk lost acknowledged data.

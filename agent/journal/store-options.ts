@@ -11,6 +11,8 @@ export type VmStoreOptions = {
   log: Logger
   clock: Clock
   sealer: SegmentSealer
+  /** Told of the bytes of each accepted frame once nobody here looks at them any more. */
+  recycle?: (bytes: Buffer) => void
   limits?: Partial<SegmentLimits> & {
     /** What may wait to be durable; `accept` refuses beyond. At least one frame of the largest size. */
     queueBytes?: number

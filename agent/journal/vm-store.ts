@@ -42,6 +42,7 @@ export class VmStore implements AsyncDisposable {
   readonly #journal: JournalLog
   readonly #reader: JournalReader
   readonly #sealer: SegmentSealer
+  readonly #recycle: ((bytes: Buffer) => void) | undefined
   readonly #queueBytes: number
   readonly #statePath: string
   readonly #queue = new FrameQueue()
@@ -61,6 +62,7 @@ export class VmStore implements AsyncDisposable {
     this.directory = options.directory
     this.#log = options.log
     this.#sealer = options.sealer
+    this.#recycle = options.recycle
     this.#journal = journal
     this.#reader = new JournalReader(journal.segments, journal.damage, options.limits?.openFiles)
     this.#queueBytes = Math.max(MAX_FRAME_BYTES, options.limits?.queueBytes ?? QUEUE_BYTES)
@@ -301,6 +303,7 @@ export class VmStore implements AsyncDisposable {
       if (next.marks !== undefined) marks = marks === undefined ? next.marks : marks.concat(next.marks)
     }
     await journal.append(batch)
+    if (this.#recycle !== undefined) for (const bytes of batch.buffers) this.#recycle(bytes)
     await this.#keepSizes(marks)
     this.#queue.release(batch.lengthBytes)
     await this.#announce(marks)
@@ -330,6 +333,7 @@ export class VmStore implements AsyncDisposable {
       await direct.apply(next)
       this.#queue.release(next.bytes.length)
       appliedBytes += next.bytes.length
+      this.#recycle?.(next.bytes)
       if (next.marks !== undefined) marks = marks === undefined ? next.marks : marks.concat(next.marks)
       ended = next.endsBase
     }

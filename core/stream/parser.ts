@@ -10,13 +10,15 @@ const KNOWN = new Set<number>(Object.values(MessageType))
  */
 export class MessageParser {
   readonly #onMessage: (type: MessageType, body: Buffer) => void
+  readonly #allocate: (lengthBytes: number) => Buffer
   readonly #header = Buffer.alloc(MESSAGE_HEADER_BYTES)
   #headerBytes = 0
   #body: Buffer | undefined
   #bodyBytes = 0
 
-  constructor(onMessage: (type: MessageType, body: Buffer) => void) {
+  constructor(onMessage: (type: MessageType, body: Buffer) => void, allocate: (lengthBytes: number) => Buffer = Buffer.allocUnsafeSlow) {
     this.#onMessage = onMessage
+    this.#allocate = allocate
   }
 
   push(chunk: Buffer): void {
@@ -28,7 +30,7 @@ export class MessageParser {
         this.#headerBytes += take
         at += take
         if (this.#headerBytes < MESSAGE_HEADER_BYTES) return
-        this.#body = Buffer.allocUnsafeSlow(this.#checkedLength())
+        this.#body = this.#allocate(this.#checkedLength())
         this.#bodyBytes = 0
       }
       const body = this.#body
