@@ -27,11 +27,7 @@ const run = async (): Promise<void> => {
   const cluster = daemon.use(await Cluster.open({
     pveDirectory: config.pveDirectory, siteDirectory, link: config.nodeLink, log, ...(config.nodeName === undefined ? {} : { nodeName: config.nodeName }),
   }))
-  if (config.watchdog) {
-    const watchdog = daemon.use(new Watchdog({ log, healthy: () => true }))
-    watchdog.start()
-  }
-  const service = daemon.use(new PluginService({
+  const service = new PluginService({
     cluster, siteDirectory, vpgFile: config.vpgFile, holdMs: config.holdMs,
     log,
     events,
@@ -40,7 +36,12 @@ const run = async (): Promise<void> => {
       stateDirectory: config.stateDirectory, runDirectory: config.runDirectory, memoryBytesPerVm: config.memoryBytesPerVm, lingerMs: config.lingerMs,
       syncRateBytesPerSec: config.syncRateBytesPerSec, proofEveryMs: config.proofEveryMs, slowAck: config.slowAck, existingNbdServers: config.existingNbdServers,
     },
-  }))
+  })
+  if (config.watchdog) {
+    const watchdog = daemon.use(new Watchdog({ log, healthy: () => service.healthy }))
+    watchdog.start()
+  }
+  daemon.use(service)
   await service.start()
   daemon.use(await createApi({ socketPath: config.apiSocket, routes: pluginRoutes(service), log, events }))
   log.info('plugin is ready', { api: config.apiSocket })

@@ -6,8 +6,8 @@ import type { QueuedFrame } from './frame-queue.ts'
 import { saveVmState, syncDirectory } from './vm-state.ts'
 import type { VmState } from './vm-state.ts'
 
-export const DIRECT_COMMIT_BYTES = 16 * 1024 * 1024
-export const DIRECT_COMMIT_MS = 50
+export const DIRECT_COMMIT_BYTES = 8 * 1024 * 1024
+export const DIRECT_COMMIT_MS = 20
 
 /** Applies the frames of an initial sync to the mirror. What was applied since the last `commit` is not durable. */
 export class DirectLog implements AsyncDisposable {

@@ -59,6 +59,11 @@ export class PluginService implements AsyncDisposable {
     return this.#pairing
   }
 
+  /** False while a capture worker does not turn: the watchdog is not fed then. */
+  get healthy(): boolean {
+    return this.vpgs.every(({ vms }) => vms.every((vm) => !vm.workerHangs))
+  }
+
   get vpgs(): Vpg[] {
     return [...this.#vpgs.values()]
   }

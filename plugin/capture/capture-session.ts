@@ -21,8 +21,8 @@ import { CaptureTarget } from './target.ts'
 /** One turn of the event loop. */
 const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve))
 const SMALL_SLAB_BYTES = 256 * 1024
-/** A sync leaves three quarters of the memory to the guest's own writes. */
-const SYNC_SHARE = 0.25
+/** A sync leaves half of the memory to the guest's own writes. */
+const SYNC_SHARE = 0.5
 const READS_IN_FLIGHT = 8
 /** With fewer acknowledgements in a second one hiccup would be the p99. */
 const MIN_ACKS_FOR_P99 = 200

@@ -49,6 +49,8 @@ export type ProtectedVmOptions = {
 const POLL_MS = 1_000
 const BEAT_CHECK_MS = 200
 const HUNG_MS = 1_000
+/** Together with the watchdog's own limit below 2 s. */
+const SUSPICIOUS_MS = 600
 const RETRY_FIRST_MS = 1_000
 const RETRY_MAX_MS = 30_000
 const END_DEADLINE_MS = 5_000
@@ -98,6 +100,11 @@ export class ProtectedVm implements AsyncDisposable {
 
   get stats(): CaptureStats | undefined {
     return this.#stats
+  }
+
+  /** The worker has shown no sign of life for a while. It is ended soon; if that does not help, the watchdog ends the plugin. */
+  get workerHangs(): boolean {
+    return this.#worker !== undefined && !this.#worker.exited && this.#lastBeat !== -1 && performance.now() - this.#lastBeatMs > SUSPICIOUS_MS
   }
 
   get disks(): readonly DiskEntry[] {

@@ -12,10 +12,10 @@ import { bootSector } from './boot-sector.ts'
 
 // Attach and detach again and again while the guest writes: through its own controller (boot sector) and, at depth 32, through
 // an export in the same iothread. A plain attach hung QEMU 10.0.2 for good within 24-80 attaches under such a load.
-// 20 cycles of each shape, 500 with CDP_ALL, CDP_CYCLES says another number. CDP_SEED repeats a run.
+// 50 cycles of each shape, 500 with CDP_ALL, CDP_CYCLES says another number. CDP_SEED repeats a run.
 
 const mib = 1024 * 1024
-const cycles = Number(process.env['CDP_CYCLES'] ?? (process.env['CDP_ALL'] ? 500 : 20))
+const cycles = Number(process.env['CDP_CYCLES'] ?? (process.env['CDP_ALL'] ? 500 : 50))
 // Sparse, and so large that most of it stays untouched: a bitmap that names everything would prove nothing.
 const sizeBytes = 16 * 1024 * mib * Math.max(1, Math.ceil(cycles / 20))
 const seed = Number(process.env['CDP_SEED'] ?? Date.now() % 1_000_000)
