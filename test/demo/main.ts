@@ -6,7 +6,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { pluginApi } from '../../core/api/index.ts'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import {
-  bootGuest, checkExt4, checkPrefix, createOverlay, durableRecord, leaksOf, makeExt4Image, makeTempDir, manifestDifferences, manifestOf, readJournal, runRansomware,
+  bootGuest, checkExt4, checkPrefix, createOverlay, durableRecord, lastingLeaksOf, makeExt4Image, makeTempDir, manifestDifferences, manifestOf, readJournal, runRansomware,
   startJournalWriter, untilRecord, writeDocuments,
 } from '../lab/index.ts'
 import type { Guest, Manifest, VmShape } from '../lab/index.ts'
@@ -72,8 +72,8 @@ const recover = async (sites: Sites, rootDir: string, checkpointId: string): Pro
 const run = async (stack: AsyncDisposableStack): Promise<Record<string, unknown>> => {
   const directory = stack.use(makeTempDir())
   const rootDir = directory.path
-  stack.defer(() => {
-    const leaks = leaksOf(rootDir)
+  stack.defer(async () => {
+    const leaks = await lastingLeaksOf(rootDir)
     if (leaks.length > 0) throw new CdpError('INTERNAL', `left behind: ${leaks.join(', ')}`)
   })
   say('booting two guests with two ext4 disks each (QEMU without KVM: slow, but real)')

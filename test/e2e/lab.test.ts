@@ -2,7 +2,7 @@ import { afterEach, beforeEach, describe, expect, test } from '@jest/globals'
 import { spawn } from 'node:child_process'
 import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs'
 import {
-  attachGuest, bootGuest, checkExt4, checkPrefix, createOverlay, durableRecord, endProcess, extractExt4, isAlive, leaksOf, makeBlankImage, makeExt4Image, makeTempDir, manifestDifferences, manifestOf, pathsOf,
+  attachGuest, bootGuest, checkExt4, checkPrefix, createOverlay, durableRecord, endProcess, extractExt4, isAlive, lastingLeaksOf, makeBlankImage, makeExt4Image, makeTempDir, manifestDifferences, manifestOf, pathsOf,
   GroupWriter, ioGap, readJournal, runRansomware, runTool, startGapMeter, startJournalWriter, startVm, tool, unregisterVm, untilRecord, waitForEnd, writeDocuments, type TempDir, type VmShape,
 } from '../lab/index.ts'
 
@@ -14,7 +14,7 @@ beforeEach(() => {
   dir = makeTempDir()
 })
 afterEach(async () => {
-  const left = leaksOf(dir.path)
+  const left = await lastingLeaksOf(dir.path)
   await dir[Symbol.asyncDispose]()
   expect(left).toEqual([])
 })

@@ -3,7 +3,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals'
 import { pluginApi, type PluginStatus, type VpgStatus } from '../../core/api/index.ts'
 import { nbdUri, startFio, type FioLoad, type FioWrites } from '../integration/bare-load.ts'
 import { testSeed } from '../kit/random.ts'
-import { makeTempDir, leaksOf, tool, startVm, type TempDir } from '../lab/index.ts'
+import { makeTempDir, lastingLeaksOf, tool, startVm, type TempDir } from '../lab/index.ts'
 import { moveVm, tagAt } from '../lab/cluster.ts'
 import { projectDir } from '../lab/project.ts'
 import { until, type LabDaemon } from '../lab/sites.ts'
@@ -33,7 +33,7 @@ beforeAll(async () => {
 
 afterAll(async () => {
   await rig?.[Symbol.asyncDispose]()
-  const left = leaksOf(dir.path)
+  const left = await lastingLeaksOf(dir.path)
   await dir[Symbol.asyncDispose]()
   expect(left).toEqual([])
 }, 60_000)

@@ -4,7 +4,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import { pluginApi, type Checkpoint, type VpgStatus } from '../../core/api/index.ts'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import {
-  bootGuest, ioGap, leaksOf, makeExt4Image, makeTempDir, startGapMeter, tool,
+  bootGuest, ioGap, lastingLeaksOf, makeExt4Image, makeTempDir, startGapMeter, tool,
   type BootGuestOptions, type Guest, type GuestJob, type IoGap, type TempDir, type VmDisk, type VmShape,
 } from '../lab/index.ts'
 import type { SiteConfig } from '../lab/site-config.ts'
@@ -144,7 +144,7 @@ export class TwoSites implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#endGuests()
     await this.sites[Symbol.asyncDispose]()
-    const left = leaksOf(this.rootDir)
+    const left = await lastingLeaksOf(this.rootDir)
     await this.dir[Symbol.asyncDispose]()
     if (left.length > 0) throw new CdpError('INTERNAL', `left behind: ${left.join('; ')}`)
   }

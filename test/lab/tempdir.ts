@@ -1,4 +1,5 @@
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
+import { setTimeout as delay } from 'node:timers/promises'
 import { processesWith } from './process.ts'
 
 export type TempDir = { path: string; [Symbol.asyncDispose](): Promise<void> }
@@ -11,6 +12,16 @@ export const makeTempDir = (prefix = 'cdp'): TempDir => {
     async [Symbol.asyncDispose]() {
       rmSync(path, { recursive: true, force: true, maxRetries: 3 })
     },
+  }
+}
+
+/** `leaksOf`, once what is ending has had its time: the kernel closes the files of a killed QEMU after its threads, one by one. */
+export const lastingLeaksOf = async (rootDir: string, deadlineMs = 3000): Promise<string[]> => {
+  const endMs = performance.now() + deadlineMs
+  while (true) {
+    const leaks = leaksOf(rootDir)
+    if (leaks.length === 0 || performance.now() > endMs) return leaks
+    await delay(20)
   }
 }
 

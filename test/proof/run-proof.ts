@@ -1,7 +1,7 @@
 import { randomInt } from 'node:crypto'
 import { WriteHistory } from '../../agent/proof/index.ts'
 import { CdpError } from '../../core/errors/index.ts'
-import { leaksOf, makeTempDir } from '../lab/index.ts'
+import { lastingLeaksOf, makeTempDir } from '../lab/index.ts'
 import { Random } from '../kit/random.ts'
 import { Cutter } from './cutter.ts'
 import { disturb } from './disturbance.ts'
@@ -70,7 +70,7 @@ export const runProof = async (options: ProofOptions, afterwards?: (remains: Pro
   const startedAtMs = performance.now()
   await using dir = makeTempDir()
   const result = await run(dir.path, options, afterwards)
-  const left = leaksOf(dir.path)
+  const left = await lastingLeaksOf(dir.path)
   if (left.length > 0) throw new CdpError('INTERNAL', `something was left behind: ${left.join('; ')}`)
   return { ...result, seconds: Math.round((performance.now() - startedAtMs) / 1000) }
 }
