@@ -16,7 +16,7 @@ export class MessageParser {
   #body: Buffer | undefined
   #bodyBytes = 0
 
-  constructor(onMessage: (type: MessageType, body: Buffer) => void, allocate: (lengthBytes: number) => Buffer = Buffer.allocUnsafeSlow) {
+  constructor(onMessage: (type: MessageType, body: Buffer) => void, allocate = (lengthBytes: number): Buffer => Buffer.allocUnsafeSlow(lengthBytes)) {
     this.#onMessage = onMessage
     this.#allocate = allocate
   }
