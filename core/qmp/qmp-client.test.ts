@@ -91,7 +91,10 @@ describe('QmpClient', () => {
   test('closing waits for answers under way, so that they do not reach the next client, but not for long', async () => {
     const ended = Promise.withResolvers<void>()
     const commands: { socket: Socket; id: string }[] = []
-    await using fake = await startFakeQmp((socket, command) => commands.push({ socket, id: command.id }), (socket) => {
+    const bothArrived = Promise.withResolvers<void>()
+    await using fake = await startFakeQmp((socket, command) => {
+      if (commands.push({ socket, id: command.id }) === 2) bothArrived.resolve()
+    }, (socket) => {
       socket.on('close', () => ended.resolve())
       socket.write(fakeGreeting)
     })
@@ -101,6 +104,7 @@ describe('QmpClient', () => {
     await expect(sent).rejects.toMatchObject({ code: 'TIMEOUT' })
     const closing = [patient.close(), patient.close()]
     await expect(pending).rejects.toMatchObject({ code: 'CLOSED' })
+    await bothArrived.promise
     for (const { socket, id } of commands) answer(socket, id)
     await Promise.all([...closing, ended.promise])
 
