@@ -43,7 +43,7 @@ const run = async ({ quick, wants, say, scratchDirectory, signal }: BenchOptions
   await using nbdkit = await Nbdkit.start(scratchDirectory, 'null', String(SIZE_BYTES))
   const targetPath = `${scratchDirectory}/capture.sock`
   const worker = await startCapture(targetPath, SIZE_BYTES)
-  const seconds = quick ? 1 : 5
+  const seconds = quick ? 1 : 4
   try {
     for (const { name, load, unit, of, direction } of cases.filter((one) => wants(one.name))) {
       const rounds = []

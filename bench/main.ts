@@ -5,14 +5,16 @@ import { CdpError, errorMessage } from '../core/errors/index.ts'
 import { bootBench } from './boot.ts'
 import { captureBench } from './capture.ts'
 import type { Bench, Figure } from './figure.ts'
+import { idleVmsBench } from './idle-vms.ts'
 import { indexBench } from './index-open.ts'
 import { ingestBench } from './ingest.ts'
 import { pathBench } from './path.ts'
 import { pointReadBench } from './point-read.ts'
+import { promotionBench } from './promotion.ts'
 import { makeDiskDirectory, sweepLeftovers } from './rig/disk-directory.ts'
 import { syncBench } from './sync.ts'
 
-const benches: Bench[] = [captureBench, pathBench, syncBench, ingestBench, pointReadBench, bootBench, indexBench]
+const benches: Bench[] = [captureBench, pathBench, syncBench, ingestBench, promotionBench, pointReadBench, bootBench, indexBench, idleVmsBench]
 const GIVE_UP_AFTER_MS = 20_000
 
 const { values } = parseArgs({ options: { json: { type: 'boolean', default: false }, quick: { type: 'boolean', default: false }, only: { type: 'string', default: '' } } })

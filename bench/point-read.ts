@@ -34,17 +34,15 @@ const run = async ({ quick, say, scratchDirectory: socketDirectory, diskDirector
     await tool('nbdcopy', [...COPY_ARGS, uri, 'null:'], { deadlineMs: 300_000, signal })
     return sizeBytes / MIB / ((performance.now() - startedMs) / 1000)
   }
-  /** A checkpoint after `work`, opened. */
-  const pointAfter = async (work: () => Promise<unknown>): Promise<string> => {
-    const checkpoint = await source.mirrored({ socketPath: targetPath, exportName: 'scsi0' }, async () => {
-      await work()
-      return plugin.checkpoint(VM)
-    })
-    return (await agent.openPoint(vpgOf(VM), checkpoint)).disks[0].uri
-  }
-  const plainRate = await read(await pointAfter(async () => undefined))
-  const uri = await pointAfter(() =>
-    fio(source.uri, { rw: 'randwrite', blockBytes: 4096, depth: 16, seconds: 60, sizeBytes: Math.floor(sizeBytes * REWRITTEN_SHARE) }, { signal }))
+  // One connection for both checkpoints: behind one that has ended, capture is not in step any more.
+  const [plain, rewritten] = await source.mirrored({ socketPath: targetPath, exportName: 'scsi0' }, async () => {
+    const before = await plugin.checkpoint(VM)
+    await fio(source.uri, { rw: 'randwrite', blockBytes: 4096, depth: 16, seconds: 60, sizeBytes: Math.floor(sizeBytes * REWRITTEN_SHARE) }, { signal })
+    return [before, await plugin.checkpoint(VM)]
+  })
+  const uriOf = async (checkpoint: string): Promise<string> => (await agent.openPoint(vpgOf(VM), checkpoint)).disks[0].uri
+  const plainRate = await read(await uriOf(plain))
+  const uri = await uriOf(rewritten)
   await agent.untilIdle()
   await using mirror = await Nbdkit.start(socketDirectory, '-r', 'file', join(agent.vmDirectory(VM), 'mirror/0.raw'))
   const rounds: { ours: number; reference: number }[] = []

@@ -6,7 +6,7 @@ import { dirname, join } from 'node:path'
 import { Readable } from 'node:stream'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from '@jest/globals'
 import { formatToken, parseToken } from '../core/pairing/index.ts'
-import { agentStatus, nowUnixMs, pluginStatus, point, secretToken, startFakeDaemons } from './testing/fake-daemons.ts'
+import { agentStatus, nowUnixMs, pluginStatus, point, retention, scrub, secretToken, startFakeDaemons } from './testing/fake-daemons.ts'
 import type { FakeDaemons } from './testing/fake-daemons.ts'
 import { runCli } from './run.ts'
 
@@ -88,16 +88,29 @@ describe('each command, for people and as JSON', () => {
       'VPG mail protects VM 101, 102; it is initializing: attaching',
     )
     expect(daemons.requests).toEqual([
-      { operation: 'createVpg', request: { params: undefined, query: undefined, body: { name: 'mail', vmIds: [101, 102], checkpointEveryMs: 1000 } } },
+      { operation: 'createVpg', request: { params: undefined, query: undefined, body: { name: 'mail', vmIds: [101, 102], checkpointEveryMs: 1000, priority: 'normal' } } },
     ])
     expect(await json(['vpg', 'create', 'mail', '--vm', '101', '--vm', '102'])).toMatchObject({ name: 'mail', state: 'initializing' })
-    expect(daemons.requests[1]).toMatchObject({ request: { body: { vmIds: [101, 102], checkpointEveryMs: 5000 } } })
+    expect(daemons.requests[1]).toMatchObject({ request: { body: { vmIds: [101, 102], checkpointEveryMs: 5000, priority: 'normal' } } })
     expect(await human(['vpg', 'list'])).toMatch(
       /^VPG +STATE +RPO +EVERY +VMS +REASON\nweb +degraded +3\.2 s +5 s +101 102 +VM 102.*\ndb +initializing +unknown +5 s +attaching\n$/,
     )
     expect(await json(['vpg', 'list'])).toEqual({ vpgs: pluginStatus.vpgs })
     expect(await human(['vpg', 'delete', 'web'])).toContain('no longer protected')
     expect(await json(['vpg', 'delete', 'web'])).toEqual({ deleted: 'web' })
+  })
+
+  test('vm suspend and resume', async () => {
+    const text = await human(['vm', 'suspend', '101', '--owner', 'qm', '--reason', 'resize of scsi0'])
+    expect(text).toMatch(/^VM 101 is suspended: held by qm: resize of scsi0\n {2}held suspended by qm \(resize of scsi0\) until 2026-11-23T\d\d:10:00.*\nLet go of it with: pvecdp vm resume 101 --owner qm\n$/)
+    expect(daemons.requests).toMatchObject([{ operation: 'suspendVm', request: { params: { vmId: '101' }, body: { owner: 'qm', reason: 'resize of scsi0', forMs: 600_000 } } }])
+    expect(await json(['vm', 'suspend', '101', '--owner', 'qm', '--reason', 'x', '--for', '30s'])).toMatchObject({ holds: [{ untilUnixMs: nowUnixMs + 30_000 }] })
+    expect(await human(['vm', 'resume', '101', '--owner', 'qm'])).toBe('VM 101 is attaching: suspended, held by qm: resize\n')
+    expect(await human(['vm', 'resume', '101', '--owner', 'ann'])).toContain('ann held nothing.')
+    expect(await run(['vm', 'suspend', '102', '--owner', 'qm', '--reason', 'x'])).toMatchObject({ exitCode: 1, err: 'error: a backup runs on it\nhint: Wait until that operation has ended.\n' })
+    for (const wrong of [['--reason', 'x'], ['--owner', 'a b', '--reason', 'x'], ['--owner', 'a', '--reason', ''], ['--owner', 'a', '--reason', 'x', '--for', '2d']]) {
+      expect((await run(['vm', 'suspend', '101', ...wrong])).exitCode).toBe(2)
+    }
   })
 
   test('checkpoint list and tag', async () => {
@@ -112,6 +125,17 @@ describe('each command, for people and as JSON', () => {
     expect(await json(['checkpoint', 'list', 'web'])).toMatchObject({ checkpoints: [{ id: '41' }, { id: '40' }] })
     expect(await human(['checkpoint', 'tag', 'web', 'before upgrade'])).toContain('is tagged "before upgrade"; it is pending until')
     expect(await json(['checkpoint', 'tag', 'web', 'x'])).toEqual({ checkpointId: '42', atUnixMs: nowUnixMs, state: 'pending' })
+  })
+
+  test('sync force and verify, of a group and of one VM', async () => {
+    expect(await human(['sync', 'force', 'web'])).toBe('VM 101, 102 of VPG web are compared with the recovery site.\nWatch it with: pvecdp status web\n')
+    expect(await json(['sync', 'force', 'web', '--vm', '102'])).toEqual({ vmIds: [102] })
+    expect(await human(['verify', 'web', '--vm', '101'])).toContain('VM 101 of VPG web is being verified.')
+    expect(await json(['verify', 'web'])).toEqual({ vmIds: [101, 102] })
+    expect(daemons.requests.map(({ operation, request }) => [operation, (request as { body: unknown }).body])).toEqual([
+      ['forceSync', {}], ['forceSync', { vmId: 102 }], ['verify', { vmId: 101 }], ['verify', {}],
+    ])
+    expect((await run(['verify', 'nope'])).exitCode).toBe(1)
   })
 
   test('point open, list, close', async () => {
@@ -129,6 +153,46 @@ describe('each command, for people and as JSON', () => {
     expect(await json(['point', 'list'])).toEqual({ points: [point] })
     expect(await human(['point', 'close', 'p-1'])).toBe('Recovery point p-1 is closed.\n')
     expect(await json(['point', 'close', 'p-1'])).toEqual({ closed: 'p-1' })
+  })
+
+  test('scrub begins one, of all VMs or one, and show says what was found and which checkpoints need it', async () => {
+    expect(await human(['scrub'])).toContain('VM 101, 102 are being scrubbed')
+    expect(await human(['scrub', '102'])).toContain('VM 102 is being scrubbed')
+    expect(daemons.requests.filter(({ operation }) => operation === 'startScrub').map(({ request }) => request)).toMatchObject([{ body: {} }, { body: { vmId: 102 } }])
+    const text = await human(['scrub', 'show'])
+    expect(text).toContain('Every 7 d, at most 16 MiB/s.')
+    expect(text).toContain('1 of 2 open')
+    expect(text).toContain('damaged, written again since: records 12 to 14')
+    expect(text).toContain('3 checkpoints of VPG web need what is damaged')
+    expect(text).toContain('VM 102: nobody knows')
+    expect(text).not.toContain('\x1b[2J')
+    expect(await json(['scrub', 'show'])).toEqual(scrub)
+  })
+
+  test('replica list shows what is left over, and delete wants the name twice', async () => {
+    const text = await human(['replica', 'list'])
+    expect(text).toContain('103')
+    expect(text).toContain('left')
+    expect(text).toContain('recovery point p-1')
+    expect(await human(['replica', 'delete', '103', '--confirm', '103', '--with-checkpoints'])).toContain('The replica of VM 103 is deleted, and 4 checkpoints with it.')
+    expect(daemons.requests.at(-1)).toMatchObject({ operation: 'deleteReplica', request: { body: { vmId: 103, confirm: '103', withCheckpoints: true } } })
+  })
+
+  test('retention set chooses what becomes of a sync that does not fit, and refuses what is no choice', async () => {
+    expect(await human(['retention', 'set', 'web', '--sync-overflow', 'give-up'])).toContain('down to a last tagged checkpoint (give-up)')
+    expect(daemons.requests.at(-1)).toMatchObject({ operation: 'setRetention', request: { params: { name: 'web' }, body: { syncOverflow: 'give-up' } } })
+    expect(await human(['retention', 'show', 'web'])).toContain('up to the hard stop (grow)')
+  })
+
+  test('retention show says from when to when, what limits it, and what is wrong', async () => {
+    const text = await human(['retention', 'show', 'web'])
+    expect(text).toContain('VPG web can be recovered from 2026-11-22T')
+    expect(text).toContain('History is 10 h of 1 d: something that is open holds it longer; at most 32 GiB a VM, hard stop at 48 GiB.')
+    expect(text).toContain('Promoting VM 101 to 2026-11-22T')
+    expect(text).toContain('Held by recovery point p-1 (VM 101) since 2026-11-23T')
+    expect(text).toContain('error retention.over-limit: the journal of VM 101 is above its limit; a pin holds it, since')
+    expect(text).toMatch(/101 +33 GiB +open/)
+    expect(await json(['retention', 'show', 'web'])).toEqual(retention)
   })
 
   test('events of both sides, by time, and of one', async () => {
@@ -198,6 +262,9 @@ describe('bad input says what and what to do, changes nothing, and exits with 2'
     [['vpg', 'create', 'mail', '--vm', '101', '--checkpoint-every', '10ms'], 'checkpoints every 10ms are not possible'],
     [['vpg', 'create', 'a/b', '--vm', '101'], '"a/b" cannot be the name of a VPG'],
     [['vpg', 'delete', '../x'], '"../x" cannot be the name'],
+    [['sync', 'force'], "missing required argument 'vpg'"],
+    [['sync', 'force', 'web', '--vm', 'x'], '"x" is not a VM id'],
+    [['verify', '../x'], '"../x" cannot be the name'],
     [['vpg', 'list', 'surplus'], 'too many arguments'],
     [['vpg', 'list', '--colour'], "unknown option '--colour'"],
     [['status', 'a b'], '"a b" cannot be the name'],

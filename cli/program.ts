@@ -4,7 +4,12 @@ import { addCheckpointCommands } from './commands/checkpoint.ts'
 import { addEventsCommand } from './commands/events.ts'
 import { addPairCommands } from './commands/pair.ts'
 import { addPointCommands } from './commands/point.ts'
+import { addReplicaCommands } from './commands/replica.ts'
+import { addRetentionCommands } from './commands/retention.ts'
+import { addScrubCommands } from './commands/scrub.ts'
 import { addStatusCommand } from './commands/status.ts'
+import { addSyncCommands } from './commands/sync.ts'
+import { addVmCommands } from './commands/vm.ts'
 import { addVpgCommands } from './commands/vpg.ts'
 import { createContext } from './context.ts'
 import type { Context, GlobalOptions } from './context.ts'
@@ -21,8 +26,13 @@ export const createProgram = (io: CliIo, exitWith: (code: number) => void): Comm
   const context = (command: Command): Context => createContext(io, command.optsWithGlobals<GlobalOptions>())
   addStatusCommand(program, context, exitWith)
   addVpgCommands(program, context)
+  addVmCommands(program, context)
   addCheckpointCommands(program, context)
+  addSyncCommands(program, context)
   addPointCommands(program, context)
+  addReplicaCommands(program, context)
+  addRetentionCommands(program, context)
+  addScrubCommands(program, context)
   addEventsCommand(program, context)
   addPairCommands(program, context)
   for (const command of [program, ...descendants(program)]) {

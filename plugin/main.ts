@@ -28,13 +28,13 @@ const run = async (): Promise<void> => {
     pveDirectory: config.pveDirectory, siteDirectory, link: config.nodeLink, log, ...(config.nodeName === undefined ? {} : { nodeName: config.nodeName }),
   }))
   const service = new PluginService({
-    cluster, siteDirectory, vpgFile: config.vpgFile, holdMs: config.holdMs,
+    cluster, siteDirectory, vpgFile: config.vpgFile, holdMs: config.holdMs, bandwidth: config.bandwidth, reclaim: config.reclaim,
     log,
     events,
     settings: {
       paths: { qemuServerDirectory: config.qemuServerDirectory, pveDirectory: config.pveDirectory },
-      stateDirectory: config.stateDirectory, runDirectory: config.runDirectory, memoryBytesPerVm: config.memoryBytesPerVm, lingerMs: config.lingerMs,
-      syncRateBytesPerSec: config.syncRateBytesPerSec, proofEveryMs: config.proofEveryMs, slowAck: config.slowAck, existingNbdServers: config.existingNbdServers,
+      stateDirectory: config.stateDirectory, runDirectory: config.runDirectory, memoryBytesPerVm: config.memoryBytesPerVm, spill: config.spill, lingerMs: config.lingerMs,
+      syncRateBytesPerSec: config.syncRateBytesPerSec, verify: config.verify, proofEveryMs: config.proofEveryMs, rotateEveryMs: config.rotateEveryMs, roundEveryMs: config.roundEveryMs, slowAck: config.slowAck, existingNbdServers: config.existingNbdServers,
     },
   })
   if (config.watchdog) {

@@ -1,9 +1,15 @@
 import { agentApi, implement, packageVersion } from '../../core/api/index.ts'
-import type { AgentStatus, AgentVpg, Checkpoint, Route } from '../../core/api/index.ts'
+import type { AgentStatus, AgentVpg, Checkpoint, EventLog, Route } from '../../core/api/index.ts'
 import type { Catalogue } from '../checkpoint/index.ts'
-import type { Ingest, VmRegistry } from '../ingest/index.ts'
+import type { GroupGenerations, Ingest, VmRegistry } from '../ingest/index.ts'
 import type { PairingDesk } from '../pairing/index.ts'
+import type { PinRegistry } from '../recovery/index.ts'
+import type { RetentionKeeper } from '../retention/index.ts'
+import type { ScrubKeeper } from '../scrub/index.ts'
 import type { PointDesk } from './point-desk.ts'
+import { deleteReplica, listReplicas } from './replica-desk.ts'
+import { retentionStatus } from './retention-status.ts'
+import { beginScrub, scrubStatus } from './scrub-status.ts'
 
 export type AgentParts = {
   siteId: string
@@ -11,12 +17,17 @@ export type AgentParts = {
   catalogue: Catalogue
   registry: VmRegistry
   ingest: Ingest
+  generations: GroupGenerations
   pairing: PairingDesk
   points: PointDesk
+  pins: PinRegistry
+  retention: RetentionKeeper
+  scrub: ScrubKeeper
+  events: EventLog
   nowUnixMs: () => number
 }
 
-const vpgStatus = ({ catalogue, registry, ingest, nowUnixMs }: AgentParts, siteId: string, name: string, vms: readonly string[]): AgentVpg => {
+const vpgStatus = ({ catalogue, registry, ingest, generations, nowUnixMs }: AgentParts, siteId: string, name: string, vms: readonly string[]): AgentVpg => {
   const last = catalogue.latest(siteId, name)
   const { valid, oldestAtUnixMs } = catalogue.count(siteId, name)
   return {
@@ -26,6 +37,7 @@ const vpgStatus = ({ catalogue, registry, ingest, nowUnixMs }: AgentParts, siteI
     ...(last === undefined ? {} : { lastValidCheckpoint: { id: last.id, atUnixMs: last.atUnixMs } }),
     checkpoints: valid,
     ...(oldestAtUnixMs === undefined ? {} : { oldestAtUnixMs }),
+    generation: generations.known(siteId, name).generation,
     vms: vms.map((vm) => {
       const store = registry.get(siteId, vm)?.store
       return {
@@ -59,7 +71,18 @@ export const agentRoutes = (parts: AgentParts): Route[] => {
         checkpoints: entries.map(({ id, atUnixMs, kind, tag, state }): Checkpoint => ({ id, atUnixMs, kind: kind === 'automatic' ? 'automatic' : 'tagged', ...(tag === undefined ? {} : { tag }), state })),
       }
     },
-    openPoint: ({ body }) => points.open(body.vpg, body.checkpoint),
+    showRetention: async ({ params }) => retentionStatus(parts, points.siteOf(params.name), params.name),
+    showScrub: async () => scrubStatus(parts),
+    startScrub: ({ body }) => beginScrub(parts, body.vmId),
+    setRetention: async ({ params, body }) => {
+      const siteId = points.siteOf(params.name)
+      const before = retentionStatus(parts, siteId, params.name)
+      await parts.retention.group(siteId, before.vpg)?.set(body)
+      return retentionStatus(parts, siteId, params.name)
+    },
+    listReplicas: () => listReplicas(parts),
+    deleteReplica: ({ body }) => deleteReplica(parts, body),
+    openPoint: ({ body }) => points.open(body.vpg, body.checkpoint, { acceptDamaged: body.acceptDamaged === true }),
     listPoints: async () => ({ points: points.list() }),
     closePoint: async ({ params }) => {
       await points.close(params.id)

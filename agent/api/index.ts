@@ -2,4 +2,6 @@
 // it on a unix socket.
 export { agentRoutes } from './agent-routes.ts'
 export type { AgentParts } from './agent-routes.ts'
+export { deleteReplica, listReplicas } from './replica-desk.ts'
+export type { ReplicaParts } from './replica-desk.ts'
 export { PointDesk } from './point-desk.ts'

@@ -17,16 +17,22 @@ export class PointDesk {
     this.#options = options
   }
 
-  /** @throws CdpError NOT_FOUND, CONFLICT for a checkpoint that is not valid, JOURNAL_DAMAGED */
-  async open(vpg: string, wanted: string | { atUnixMs: number }): Promise<RecoveryPoint> {
+  /** @throws CdpError NOT_FOUND, CONFLICT for a checkpoint that is not valid, JOURNAL_DAMAGED also for one that needs something damaged, unless that is accepted */
+  async open(vpg: string, wanted: string | { atUnixMs: number }, options: { acceptDamaged?: boolean } = {}): Promise<RecoveryPoint> {
     const { registry, points, events } = this.#options
     const siteId = this.siteOf(vpg)
     const checkpoint = this.#choose(siteId, vpg, wanted)
+    if (checkpoint.state === 'damaged' && options.acceptDamaged !== true) {
+      throw new CdpError('JOURNAL_DAMAGED', `checkpoint ${checkpoint.id} needs something that is damaged`, {
+        hint: 'Choose another one; or open it with --accept-damaged: reading what is damaged then fails, and all else is whole. See "pvecdp scrub show".', context: { checkpointId: checkpoint.id },
+      })
+    }
     const pointId = `${checkpoint.id}.${randomBytes(3).toString('hex')}`
     const vms = checkpoint.vms.map((vm) => {
       const store = registry.get(siteId, vm)?.store
       if (store === undefined) throw new CdpError('NOT_FOUND', `the journal of VM ${vm} is not here`, { hint: 'See the log of the agent for why it was not opened.' })
-      return { vm, vmDirectory: store.directory, seq: checkpoint.namedSeqs[vm] }
+      const seq = checkpoint.namedSeqs[vm]
+      return { vm, vmDirectory: store.directory, seq, disks: store.disksAt(seq) }
     })
     const opened = await points.openPoint({ pointId, vms })
     const point: RecoveryPoint = {

@@ -59,6 +59,15 @@ describe('Catalogue', () => {
     expect(catalogue.latest(SITE, 'shop')?.id).toBe('c1')
   })
 
+  test('a proof speaks of nothing from before its attach, a mismatch of everything not judged yet', () => {
+    using catalogue = new Catalogue(':memory:')
+    for (let n = 1; n <= 3; n++) noteAll(catalogue, mark(`c${n}`, n * 1000), n * 10)
+    for (const vm of ['101', '102']) catalogue.noteProof(SITE, vm, 1, 25, true, 15)
+    expect(['c1', 'c2', 'c3'].map((id) => stateOf(catalogue, id))).toEqual(['valid', 'proved', 'valid'])
+    catalogue.noteProof(SITE, '101', 1, 1000, false, 15)
+    expect(['c1', 'c2', 'c3'].map((id) => stateOf(catalogue, id))).toEqual(['suspect', 'proved', 'suspect'])
+  })
+
   test('the newest is chosen by label: at or before a moment, tagged, never pending or suspect', () => {
     using catalogue = new Catalogue(':memory:')
     noteAll(catalogue, mark('c1', 1000, undefined, { kind: 'tagged', tag: 'before' }), 10)
@@ -83,6 +92,83 @@ describe('Catalogue', () => {
     expect(stateOf(catalogue, 'half')).toBe('pending')
     noteAll(catalogue, mark('c3', 61_001), 30)
     expect(stateOf(catalogue, 'half')).toBeUndefined()
+  })
+
+  test('what is to be kept because of a sync: named when it ended with a change, forgotten when it found none, and with its history', () => {
+    using catalogue = new Catalogue(':memory:')
+    const wishes = (): unknown[] => catalogue.beforeSyncs(SITE, '101').map(({ seq, changed }) => [seq, changed])
+    catalogue.noteSyncBegin(SITE, '101', 10, 'before it was started')
+    expect(catalogue.beforeSyncs(SITE, '101')).toEqual([{ vm: '101', seq: 10, tag: 'before it was started', changed: false }])
+    expect(catalogue.beforeSyncs(SITE, '102')).toEqual([])
+    catalogue.noteSyncEnd(SITE, '101', false)
+    expect(wishes()).toEqual([])
+    catalogue.noteSyncBegin(SITE, '101', 20, 'broken off')
+    catalogue.noteSyncBegin(SITE, '101', 25)
+    catalogue.noteSyncBegin(SITE, '101', 27, 'again')
+    expect(wishes()).toEqual([[20, false]])
+    catalogue.noteSyncEnd(SITE, '101', false)
+    expect(wishes()).toEqual([[20, true]])
+    catalogue.noteSyncBegin(SITE, '101', 30, 'changed')
+    catalogue.noteSyncEnd(SITE, '101')
+    catalogue.noteSyncBegin(SITE, '101', 40, 'not over')
+    expect(wishes()).toEqual([[20, true], [30, true], [40, false]])
+    catalogue.dropBelow(SITE, new Map([['101', 25]]))
+    catalogue.forgetBeforeSync(SITE, '101', 40)
+    expect(wishes()).toEqual([[30, true]])
+    catalogue.forgetVm(SITE, '101')
+    expect(wishes()).toEqual([])
+  })
+
+  test('what is below a floor in any VM is forgotten, in parts, with its markers in all of them', () => {
+    using catalogue = new Catalogue(':memory:')
+    for (let n = 1; n <= 20; n++) for (const [at, vm] of ['101', '102'].entries()) catalogue.noteMark(SITE, vm, 1, n * 10 + at, mark(`c${n}`, n * 1000))
+    catalogue.noteMark(SITE, '103', 1, 5, mark('other', 500, ['103'], { vpg: 'mail' }))
+    const floors = new Map([['101', 100], ['102', 101]])
+    expect(catalogue.dropBelow(SITE, floors, 4)).toBe(4)
+    expect(catalogue.count(SITE, 'shop').valid).toBe(16)
+    while (catalogue.dropBelow(SITE, floors, 4) > 0);
+    expect(catalogue.list(SITE, 'shop', { limit: 50 }).map(({ id }) => id)).toEqual(Array.from({ length: 11 }, (_, at) => `c${20 - at}`))
+    expect(catalogue.oldest(SITE, 'shop')?.id).toBe('c10')
+    expect(catalogue.dropBelow('site-b', floors)).toBe(0)
+    expect(catalogue.count(SITE, 'mail').valid).toBe(1)
+    catalogue.drop(SITE, 'shop', catalogue.ascending(SITE, 'shop', { fromUnixMs: 11_000, toUnixMs: 13_000, limit: 9 }))
+    expect(catalogue.ascending(SITE, 'shop', { fromUnixMs: 0, toUnixMs: 15_000, limit: 9 }).map(({ id }) => id)).toEqual(['c10', 'c13', 'c14'])
+  })
+
+  test('candidates are found by sequence, never by label; suspect and pending ones are none', () => {
+    using catalogue = new Catalogue(':memory:')
+    const labels = [5000, 4000, 9000, 1000, 2000]
+    labels.forEach((label, at) => noteAll(catalogue, mark(`c${at}`, label), 10 * (at + 1)))
+    catalogue.noteMark(SITE, '101', 1, 60, mark('half', 99_000))
+    const newest = (limits: [string, number][]) => catalogue.newestAtOrBelow(SITE, 'shop', new Map(limits))?.id
+    expect(newest([['101', Infinity]])).toBe('c4')
+    expect(newest([['101', 40], ['102', 35]])).toBe('c2')
+    expect(newest([['101', 9]])).toBeUndefined()
+    // A VM that joined later knows nothing of what was before.
+    expect(newest([['777', 5], ['102', 25]])).toBe('c1')
+    expect(catalogue.oldestAtOrAbove(SITE, 'shop', '102', 11)?.id).toBe('c1')
+    expect(catalogue.oldestAtOrAbove(SITE, 'shop', '101', 51)).toBeUndefined()
+    catalogue.noteProof(SITE, '102', 1, 20, true)
+    catalogue.noteProof(SITE, '102', 1, 30, false)
+    expect(newest([['101', 30]])).toBe('c1')
+    expect(catalogue.oldestAtOrAbove(SITE, 'shop', '101', 30)?.id).toBe('c3')
+    expect(catalogue.newestAtOrBelow(SITE, 'mail', new Map([['101', Infinity]]))).toBeUndefined()
+  })
+
+  test('noting and forgetting do not get slower with the list', () => {
+    using catalogue = new Catalogue(':memory:')
+    const thousand = (from: number): number => {
+      const startedMs = performance.now()
+      catalogue.batch(() => {
+        for (let n = from; n < from + 1000; n++) noteAll(catalogue, mark(`c${n}`, n * 1000), n)
+      })
+      return performance.now() - startedMs
+    }
+    thousand(0)
+    const first = Math.min(thousand(1000), thousand(2000))
+    for (let from = 3000; from < 18_000; from += 1000) thousand(from)
+    const last = Math.min(thousand(18_000), thousand(19_000), thousand(20_000))
+    expect(last).toBeLessThan(first * 5 + 50)
   })
 
   test('a batch is whole or not at all', () => {

@@ -12,6 +12,8 @@ export const keyOf = (disk: number, sector: number): number => disk * SECTORS_PE
 
 export const keyOfBytes = (disk: number, offsetBytes: number): number => disk * SECTORS_PER_DISK + offsetBytes / SECTOR_BYTES
 
+export const diskOfKey = (key: number): number => Math.floor(key / SECTORS_PER_DISK)
+
 /** Byte offset on its disk of a key. */
 export const offsetOfKey = (key: number): number => (key % SECTORS_PER_DISK) * SECTOR_BYTES
 

@@ -49,6 +49,11 @@ export class FilePool {
     if (pooled !== undefined) await this.#evict(path, pooled)
   }
 
+  /** Closes everything below a directory that is gone: another one may come under its name. */
+  async forgetUnder(directory: string): Promise<void> {
+    for (const [path, pooled] of [...this.#files]) if (path.startsWith(`${directory}/`)) await this.#evict(path, pooled)
+  }
+
   async [Symbol.asyncDispose](): Promise<void> {
     this.#closed = true
     for (const [path, pooled] of [...this.#files]) await this.#evict(path, pooled)

@@ -29,6 +29,7 @@ export type IndexViewOptions = {
 type Placed = { source: ExtentSource; level: number; firstSegment: number; lastSegment: number; path: string }
 
 const OPEN_AT_ONCE = 16
+const OPEN_ATTEMPTS = 8
 
 /**
  * The index of one VM as of one sequence, on its files alone: merged runs where they are, leaf runs above them, and the frames of
@@ -56,10 +57,17 @@ export class IndexView {
    * @throws CdpError NOT_FOUND if the journal does not reach `seq`, JOURNAL_DAMAGED if frames that are needed for the index are damaged
    */
   static async open(options: IndexViewOptions): Promise<IndexView> {
-    const [segments, runFiles] = await Promise.all([listSegments(options.vmDirectory, options.files), listRunFiles(options.vmDirectory)])
-    const view = new IndexView(options, segments, runFiles)
-    await view.#openAll()
-    return view
+    for (let attempt = 0; ; attempt++) {
+      const [segments, runFiles] = await Promise.all([listSegments(options.vmDirectory, options.files), listRunFiles(options.vmDirectory)])
+      const view = new IndexView(options, segments, runFiles)
+      try {
+        await view.#openAll()
+        return view
+      } catch (error) {
+        // A segment or a run that went away between the list and the look: with a new list, the mirror is known to have it.
+        if (errorCode(error) !== 'ENOENT' || attempt === OPEN_ATTEMPTS) throw error
+      }
+    }
   }
 
   /** Segments before this one are gone; the mirror has what they held. */
@@ -148,6 +156,7 @@ export class IndexView {
       if (source.firstSegment > run.firstSegment || source.lastSegment !== run.lastSegment) throw new CdpError('FORMAT', 'index run covers other segments than its name says')
       return [{ source, ...run }]
     } catch (error) {
+      if (errorCode(error) === 'ENOENT') throw error
       this.#reportDamage(run, error)
       const { firstNumber } = this.#segments
       return this.#openCover(Math.max(run.firstSegment, firstNumber), run.lastSegment, run.level)
@@ -163,6 +172,7 @@ export class IndexView {
     try {
       return { source: await RunReader.open(place, files, cache), ...around }
     } catch (error) {
+      if (errorCode(error) === 'ENOENT') throw error
       this.#reportDamage(around, error)
       return this.#openFrames(number)
     }

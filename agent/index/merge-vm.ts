@@ -59,6 +59,10 @@ const mergeOne = async (vmDirectory: string, segments: SegmentList, files: FileP
     const result = writeRun(path, inputs, { firstSegment: job.first, lastSegment: job.last, lastSeq })
     report.written.push({ level: job.level, firstSegment: job.first, lastSegment: job.last, elapsedMs: performance.now() - started, ...result })
     return true
+  } catch (error) {
+    // An input that retention took away meanwhile: nobody needs this run any more.
+    if (errorCode(error) === 'ENOENT') return false
+    throw error
   } finally {
     for (const fd of fds) closeSync(fd)
   }

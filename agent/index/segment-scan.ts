@@ -1,3 +1,4 @@
+import { stat } from 'node:fs/promises'
 import { FRAME_HEADER_BYTES, MAX_FRAME_BYTES, parseFrame, parseFrameHeader } from '../../core/record/index.ts'
 import type { Frame } from '../../core/record/index.ts'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
@@ -22,7 +23,8 @@ const damaged = (target: ScanTarget, offsetBytes: number, nextSeq: number, cause
  * @throws CdpError JOURNAL_DAMAGED at a frame that is not what was written, NOT_FOUND if the segment ends before `untilSeq`
  */
 export const scanFrames = async (files: FilePool, target: ScanTarget, visit: (frame: Frame, frameOffset: number) => void): Promise<void> => {
-  let buffer = Buffer.allocUnsafeSlow(CHUNK_BYTES)
+  const { size } = await stat(target.path)
+  let buffer = Buffer.allocUnsafeSlow(Math.max(FRAME_HEADER_BYTES, Math.min(CHUNK_BYTES, size - SEGMENT_HEADER_BYTES)))
   let bufferAt = SEGMENT_HEADER_BYTES
   let bytes = await files.read(target.path, buffer, bufferAt)
   let at = 0

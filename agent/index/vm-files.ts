@@ -1,4 +1,4 @@
-import { readdir } from 'node:fs/promises'
+import { readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { CdpError, errorCode } from '../../core/errors/index.ts'
 import type { FilePool } from './file-pool.ts'
@@ -65,14 +65,17 @@ export class SegmentList {
   }
 }
 
+/** It is not what was written, or the disk does not give it any more. */
+const isDamage = (error: unknown): boolean => ['CHECKSUM', 'FORMAT', 'EIO'].includes(errorCode(error) ?? '')
+
 /** Number in the header of a segment; undefined: the file has no header yet; NaN: the header is damaged. */
 const readNumber = async (files: FilePool, path: string): Promise<number | undefined> => {
   const header = Buffer.alloc(SEGMENT_HEADER_BYTES)
-  if ((await files.read(path, header, 0)) < SEGMENT_HEADER_BYTES) return undefined
   try {
+    if ((await files.read(path, header, 0)) < SEGMENT_HEADER_BYTES) return undefined
     return parseSegmentHeader(header).segmentNumber
   } catch (error) {
-    if (errorCode(error) === 'CHECKSUM' || errorCode(error) === 'FORMAT') return NaN
+    if (isDamage(error)) return NaN
     throw error
   }
 }
@@ -85,6 +88,22 @@ const inferFirstNumber = async (files: FilePool, paths: readonly string[], fromE
     if (number !== undefined && !Number.isNaN(number)) return number - at
   }
   throw new CdpError('JOURNAL_DAMAGED', 'no segment of the journal has a header that can be read', { context: { files: paths.length } })
+}
+
+/** Takes away from `paths` the oldest segments that are gone by now. @returns how many */
+const dropGone = async (files: FilePool, paths: string[]): Promise<number> => {
+  let gone = 0
+  while (paths.length > gone) {
+    try {
+      await readNumber(files, paths[gone])
+      break
+    } catch (error) {
+      if (errorCode(error) !== 'ENOENT') throw error
+      gone++
+    }
+  }
+  paths.splice(0, gone)
+  return gone
 }
 
 /**
@@ -103,12 +122,12 @@ export const listSegments = async (vmDirectory: string, files: FilePool): Promis
     try {
       const newest = paths.at(-1)
       if (newest !== undefined && (await readNumber(files, newest)) === undefined) paths.pop()
+      const gone = await dropGone(files, paths)
       if (paths.length === 0) return new SegmentList(directory, 0, new Float64Array(0))
       const first = await inferFirstNumber(files, paths, false)
-      if ((await inferFirstNumber(files, paths, true)) !== first || first < 0) {
-        throw new CdpError('JOURNAL_DAMAGED', 'the journal lacks a segment in the middle', { context: { directory, first, files: paths.length } })
-      }
-      return new SegmentList(directory, first, firstSeqs.subarray(0, paths.length))
+      if ((await inferFirstNumber(files, paths, true)) === first && first >= 0) return new SegmentList(directory, first, firstSeqs.subarray(gone, gone + paths.length))
+      // A list that was read while retention took segments away may show an older one and lack a newer one: only one that stays so is believed.
+      if (attempt === 4) throw new CdpError('JOURNAL_DAMAGED', 'the journal lacks a segment in the middle', { context: { directory, first, files: paths.length } })
     } catch (error) {
       // A segment that retention took away while we listed: list again.
       if (errorCode(error) !== 'ENOENT' || attempt === 4) throw error
@@ -131,19 +150,27 @@ export const listRunFiles = async (vmDirectory: string): Promise<RunFile[]> => {
   return runs
 }
 
+/**
+ * Removes merged runs that are about segments before `firstSegment` only. What is left behind by a crash is removed by the next call; no
+ * run is ever needed.
+ */
+export const removeRunsBelow = async (vmDirectory: string, firstSegment: number): Promise<void> => {
+  for (const run of await listRunFiles(vmDirectory)) if (run.lastSegment < firstSegment) await rm(run.path, { force: true })
+}
+
 /** Where the leaf run of a segment stands, or undefined if the segment is not sealed. */
 export const locateLeafRun = async (files: FilePool, path: string, sizeBytes: number): Promise<(RunPlace & { lastSeq: number }) | undefined> => {
   if (sizeBytes < SEGMENT_HEADER_BYTES + SEGMENT_TRAILER_BYTES) return undefined
   const trailer = Buffer.alloc(SEGMENT_TRAILER_BYTES)
-  const bytes = await files.read(path, trailer, sizeBytes - SEGMENT_TRAILER_BYTES)
-  if (bytes < SEGMENT_TRAILER_BYTES) return undefined
   try {
+    const bytes = await files.read(path, trailer, sizeBytes - SEGMENT_TRAILER_BYTES)
+    if (bytes < SEGMENT_TRAILER_BYTES) return undefined
     const { runOffsetBytes, runBytes, lastSeq } = parseSegmentTrailer(trailer)
     if (runBytes === 0 || runOffsetBytes + runBytes + SEGMENT_TRAILER_BYTES !== sizeBytes) return undefined
     return { path, offsetBytes: runOffsetBytes, runBytes, lastSeq }
   } catch (error) {
     // No trailer, or one that is damaged: the frames say the same, more slowly.
-    if (errorCode(error) === 'FORMAT' || errorCode(error) === 'CHECKSUM') return undefined
+    if (isDamage(error)) return undefined
     throw error
   }
 }

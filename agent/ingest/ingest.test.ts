@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { duplexPair } from 'node:stream'
 import type { Duplex } from 'node:stream'
@@ -9,13 +9,13 @@ import { FLAG_DIRECT, FrameBuilder, RecordKind } from '../../core/record/index.t
 import { MessageParser, MessageType, STREAM_PROTOCOL, echoMessage, endMessage, frameMessageHeader, helloMessage, readAck, readRefuse, readWelcome } from '../../core/stream/index.ts'
 import { Catalogue } from '../checkpoint/index.ts'
 import { SegmentSealer } from '../journal/index.ts'
-import { Ingest, VmRegistry } from './index.ts'
+import { GroupGenerations, Ingest, VmRegistry } from './index.ts'
 import { StreamReceiver } from './stream-receiver.ts'
 
 const sealer = new SegmentSealer()
 afterAll(() => sealer[Symbol.asyncDispose]())
 const disks = [{ disk: 0, key: 'scsi0', sizeBytes: 1 << 20 }]
-const hello = (epoch = 0, vm = '101') => helloMessage({ protocol: STREAM_PROTOCOL, vm, vpg: 'shop', vms: [vm], epoch, disks, reason: 'test' })
+const hello = (epoch = 0, vm = '101', generation = 1) => helloMessage({ protocol: STREAM_PROTOCOL, vm, vpg: 'shop', vms: [vm], generation, epoch, disks, reason: 'test' })
 
 const directFrame = (firstSeq: number, epoch: number): Buffer => {
   const builder = new FrameBuilder(Buffer.alloc(4096), 1)
@@ -28,12 +28,16 @@ let dir = ''
 let catalogue: Catalogue
 let registry: VmRegistry
 let ingest: Ingest
+let disowned: string[] = []
+const makeIngest = (): Ingest =>
+  new Ingest({ registry, catalogue, generations: new GroupGenerations(join(dir, 'generations'), () => 1), log: silentLogger, onDisowned: (site, { vm }, { code }) => void disowned.push(`${site} ${vm} ${code}`) })
 const open = (): VmRegistry => new VmRegistry({ directory: dir, catalogue, sealer, log: silentLogger, clock: { nowUnixMs: () => 1 }, onValid: () => undefined })
 beforeEach(async () => {
   dir = await mkdtemp('/tmp/cdp-')
   catalogue = new Catalogue(':memory:')
   registry = open()
-  ingest = new Ingest({ registry, catalogue, log: silentLogger })
+  disowned = []
+  ingest = makeIngest()
 })
 afterEach(async () => {
   ingest[Symbol.dispose]()
@@ -138,15 +142,104 @@ describe('Ingest', () => {
     expect(readWelcome(await third.hears(MessageType.welcome)).durableSeq).toBe(0)
   })
 
+  describe('generations', () => {
+    const refusalOf = async (one: Peer) => readRefuse(await one.hears(MessageType.refuse))
+
+    test('a group that is handed over ends the streams of the generation before, and takes nothing more of it, not even what the stream has sent already', async () => {
+      const [old, other] = [peer(), peer()]
+      old.socket.write(hello())
+      other.socket.write(helloMessage({ protocol: STREAM_PROTOCOL, vm: '200', vpg: 'web', vms: ['200'], generation: 1, epoch: 0, disks, reason: 'test' }))
+      expect(readWelcome(await old.hears(MessageType.welcome))).toMatchObject({ epoch: 1, generation: 1 })
+      await other.hears(MessageType.welcome)
+      old.socket.write(directFrame(1, 1))
+      await old.hears(MessageType.ack)
+      const raising = ingest.raiseGeneration('site', 'shop', 'failed over')
+      await raising
+      old.socket.write(directFrame(2, 1))
+      expect(await refusalOf(old)).toMatchObject({ code: 'FENCED', generation: 2, message: expect.stringContaining('failed over'), hint: expect.any(String) })
+      while (!old.ended) await once(old.socket, 'end')
+      await registry.get('site', '101')?.store.flush()
+      expect(registry.get('site', '101')?.store.durableSeq).toBe(1)
+      // The neighbour is not touched.
+      other.socket.write(directFrame(1, 1))
+      expect(readAck(await other.hears(MessageType.ack))).toEqual({ epoch: 1, durableSeq: 1 })
+      expect(ingest.isConnected('site', '200')).toBe(true)
+    })
+
+    test.each([
+      [1, 'FENCED', 'a new attach', 0], [1, 'FENCED', 'a reconnect', 1], [4, 'GENERATION_AHEAD', 'a new attach', 0], [3, undefined, 'a new attach', 0],
+    ] as const)('of a group in generation 3 a stream of %i is answered by %s (%s), also by an agent that was started again', async (generation, code, _what, epoch) => {
+      const first = peer()
+      first.socket.write(hello())
+      await first.hears(MessageType.welcome)
+      await ingest.raiseGeneration('site', 'shop', 'failed over')
+      await ingest.raiseGeneration('site', 'shop', 'failed over again')
+      for (const again of [false, true]) {
+        if (again) {
+          ingest[Symbol.dispose]()
+          ingest = makeIngest()
+        }
+        const before = registry.get('site', '101')?.store.epoch
+        const one = peer()
+        one.socket.write(hello(epoch, '101', generation))
+        if (code === undefined) {
+          expect(readWelcome(await one.hears(MessageType.welcome)).generation).toBe(3)
+          continue
+        }
+        expect(await refusalOf(one)).toMatchObject({ code, generation: 3 })
+        // It was asked for nothing: no epoch was given, nobody's stream had to make room.
+        expect(registry.get('site', '101')?.store.epoch).toBe(before)
+        expect(disowned.at(-1)).toBe(`site 101 ${code}`)
+      }
+    })
+
+    test('a stream that says hello while the group is handed over is ended, whichever comes first', async () => {
+      for (let round = 0; round < 20; round++) {
+        const one = peer()
+        one.socket.write(hello(0, '101', 1 + round))
+        const turns = round % 5
+        for (let turn = 0; turn < turns; turn++) await new Promise((resolve) => setImmediate(resolve))
+        await ingest.raiseGeneration('site', 'shop', 'failed over')
+        expect(await refusalOf(one)).toMatchObject({ code: 'FENCED', generation: 2 + round })
+      }
+    })
+
+    test('what does not say who owns the group lets nobody in, and no store is made for who is refused', async () => {
+      await mkdir(join(dir, 'generations/site'), { recursive: true })
+      for (const text of ['{', '{}', '{"format":1}', '{"format":1,"generation":0}', '{"format":2,"generation":1}', '{"format":1,"generation":1.5}', '[]']) {
+        await writeFile(join(dir, 'generations/site/shop.json'), text)
+        const one = peer()
+        one.socket.write(hello())
+        expect(await one.refusal()).toBe('FORMAT')
+        await expect(ingest.raiseGeneration('site', 'shop', 'failed over')).rejects.toMatchObject({ code: 'FORMAT' })
+      }
+      expect(registry.list()).toEqual([])
+      await writeFile(join(dir, 'generations/site/shop.json'), '{"format":1,"generation":5,"why":"x","raisedAtUnixMs":9}')
+      expect(await ingest.raiseGeneration('site', 'shop', 'failed over')).toEqual({ generation: 6, why: 'failed over', raisedAtUnixMs: 1 })
+    })
+
+    test('a handover that cannot be written is none', async () => {
+      const one = peer()
+      one.socket.write(hello())
+      await one.hears(MessageType.welcome)
+      // In the place of the directory: no file can be made below it, by whomever.
+      await writeFile(join(dir, 'generations'), '')
+      await expect(ingest.raiseGeneration('site', 'shop', 'failed over')).rejects.toBeDefined()
+      one.socket.write(directFrame(1, 1))
+      expect(readAck(await one.hears(MessageType.ack))).toEqual({ epoch: 1, durableSeq: 1 })
+    })
+  })
+
   test('who connects and says nothing, or falls silent, is let go', async () => {
     const closed: string[] = []
+    const ends = [Promise.withResolvers<void>(), Promise.withResolvers<void>()]
     const quiet = (options: { helloDeadlineMs?: number; stallMs?: number }) =>
-      new Peer((socket) => void new StreamReceiver({ socket, log: silentLogger, admit: async () => (await registry.open('site', '101')).store, onClosed: (_receiver, why) => closed.push(why), ...options }))
+      new Peer((socket) => void new StreamReceiver({ socket, log: silentLogger, admit: async () => ({ ...(await registry.open('site', '101')), generation: 1 }), onClosed: (_receiver, why) => ends[closed.push(why) - 1].resolve(), ...options }))
     quiet({ helloDeadlineMs: 10 })
-    while (closed.length < 1) await new Promise((resolve) => setTimeout(resolve, 5))
+    await ends[0].promise
     const silent = quiet({ stallMs: 40 })
     silent.socket.write(hello())
-    while (closed.length < 2) await new Promise((resolve) => setTimeout(resolve, 5))
+    await ends[1].promise
     expect(closed).toEqual(['no hello came', 'the protected site has been silent'])
   })
 })

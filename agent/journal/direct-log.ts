@@ -2,6 +2,7 @@ import { join } from 'node:path'
 import { RecordKind } from '../../core/record/index.ts'
 import type { DiskEntry } from '../../core/record/index.ts'
 import { MirrorSet } from '../mirror/index.ts'
+import type { MirrorStorage } from '../mirror/index.ts'
 import type { QueuedFrame } from './frame-queue.ts'
 import { saveVmState, syncDirectory } from './vm-state.ts'
 import type { VmState } from './vm-state.ts'
@@ -21,10 +22,9 @@ export class DirectLog implements AsyncDisposable {
     this.#pending = state
   }
 
-  static async open(directory: string, state: VmState): Promise<DirectLog> {
-    const mirrorDirectory = join(directory, 'mirror')
-    const mirrors = await MirrorSet.open(mirrorDirectory, state.disks)
-    await syncDirectory(mirrorDirectory)
+  static async open(directory: string, storage: MirrorStorage, state: VmState): Promise<DirectLog> {
+    const mirrors = await MirrorSet.open(storage, state.disks)
+    await syncDirectory(storage.directory)
     await syncDirectory(directory)
     return new DirectLog(mirrors, join(directory, 'vm.json'), state)
   }

@@ -12,18 +12,25 @@ export type JournalMark = { seq: number; epoch: number; atUnixMs: number } & (
   | { is: 'resize'; disk: number; sizeBytes: number }
 )
 
+export type ResizeMark = Extract<JournalMark, { is: 'resize' }>
+
 /** Size of each disk by its number, as the stream has it so far. */
 export type DiskSizes = Map<number, number>
 
 const isSyncKind = (kind: unknown): boolean => kind === 'initial' || kind === 'bitmap' || kind === 'full' || kind === 'delta'
 const isObject = (value: unknown): value is Record<string, unknown> => typeof value === 'object' && value !== null && !Array.isArray(value)
 
+const isOptional = (value: unknown, type: 'string' | 'number'): boolean => value === undefined || typeof value === type
 const syncMark = (json: unknown): SyncMark => {
-  if (!isObject(json) || !isSyncKind(json.kind)) throw new CdpError('FORMAT', 'sync record with unexpected JSON')
+  if (!isObject(json) || !isSyncKind(json.kind) || !isOptional(json.before, 'string')) throw new CdpError('FORMAT', 'sync record with unexpected JSON')
   return json as SyncMark
 }
+const syncEndMark = (json: unknown): SyncEndMark => {
+  if (!isObject(json) || !isSyncKind(json.kind) || !isOptional(json.sentBytes, 'number')) throw new CdpError('FORMAT', 'sync record with unexpected JSON')
+  return json as SyncEndMark
+}
 const proofMark = (json: unknown): ProofMark => {
-  if (!isObject(json) || typeof json.ok !== 'boolean') throw new CdpError('FORMAT', 'proof record with unexpected JSON')
+  if (!isObject(json) || typeof json.ok !== 'boolean' || !isOptional(json.fromSeq, 'number')) throw new CdpError('FORMAT', 'proof record with unexpected JSON')
   return json as ProofMark
 }
 
@@ -40,7 +47,7 @@ const markOf = (frame: Frame, index: number, payload: Buffer): JournalMark => {
   if (kind === RecordKind.epoch) return { ...place, is: 'epoch', mark: parseEpochMark(json) }
   if (kind === RecordKind.proof) return { ...place, is: 'proof', upToSeq: offset, mark: proofMark(json) }
   if (kind === RecordKind.syncBegin) return { ...place, is: 'syncBegin', mark: syncMark(json) }
-  return { ...place, is: 'syncEnd', mark: syncMark(json) }
+  return { ...place, is: 'syncEnd', mark: syncEndMark(json) }
 }
 
 /**

@@ -21,22 +21,23 @@ export type ScanEvent =
   | { is: 'frame'; frame: Frame; /** The frame's bytes. */ bytes: Buffer; offsetBytes: number }
   | { is: 'bad'; bad: BadStretch }
 
-const WINDOW_BYTES = 2 * MAX_FRAME_BYTES
+/** What is read at once, at most. */
+export const SCAN_WINDOW_BYTES = 2 * MAX_FRAME_BYTES
 const MAGIC_BYTES = Buffer.alloc(4)
 MAGIC_BYTES.writeUInt32LE(FRAME_MAGIC)
 /** First page of a run: a leaf, or the header page if it is empty. */
 const RUN_MAGIC_BYTES = [Buffer.from('CDPL'), Buffer.from('CDPR')]
 
-/** Reads a file through one reused buffer. Views are valid until the next call. */
+/** Reads a file through one buffer. Views are valid until the next call. */
 class Window {
   readonly #handle: FileHandle
   readonly #buffer: Buffer
   #startBytes = 0
   #endBytes = 0
 
-  constructor(handle: FileHandle, sizeBytes: number) {
+  constructor(handle: FileHandle, buffer: Buffer) {
     this.#handle = handle
-    this.#buffer = Buffer.allocUnsafeSlow(Math.min(WINDOW_BYTES, Math.max(FRAME_HEADER_BYTES, sizeBytes)))
+    this.#buffer = buffer
   }
 
   /** A view of `lengthBytes` at `offsetBytes`; shorter only where the file ends. */
@@ -120,9 +121,10 @@ const findNext = async (window: Window, range: ScanRange, fromBytes: number, aft
  * Every frame of a range, in order, each checked from magic to last table entry. What fails is named with its sequences and
  * stepped over, if the header says how long the frame is or the end of the range is known; else the scan ends there.
  * A frame is a view, valid until the next step.
+ * @param buffer SCAN_WINDOW_BYTES to read into, for who scans one file after the other: new memory costs more than reading
  */
-export async function* scanFrames(handle: FileHandle, range: ScanRange): AsyncGenerator<ScanEvent, void, undefined> {
-  const window = new Window(handle, range.toBytes - range.fromBytes)
+export async function* scanFrames(handle: FileHandle, range: ScanRange, buffer?: Buffer): AsyncGenerator<ScanEvent, void, undefined> {
+  const window = new Window(handle, buffer ?? Buffer.allocUnsafeSlow(Math.min(SCAN_WINDOW_BYTES, Math.max(FRAME_HEADER_BYTES, range.toBytes - range.fromBytes))))
   let at = range.fromBytes
   let expectedSeq = range.expectedSeq
   while (at < range.toBytes && (range.lastSeq === undefined || expectedSeq <= range.lastSeq)) {

@@ -3,9 +3,9 @@ import { mkdir, open, rm } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
 import { join } from 'node:path'
 import { errorMessage } from '../../core/errors/index.ts'
+import { writeAll } from '../../core/files/index.ts'
 import type { Logger } from '../../core/log/index.ts'
 import { encodeSegmentHeader, SEGMENT_HEADER_BYTES, segmentFileName } from '../index/index.ts'
-import { writeAll } from '../mirror/index.ts'
 import { encodeDurableHint, HINT_BYTES, parseDurableHint } from './durable-hint.ts'
 import { JournalOpening } from './open-journal.ts'
 import type { OpenedJournal } from './open-journal.ts'
@@ -155,6 +155,23 @@ export class JournalLog implements AsyncDisposable {
     await this.#active.handle.datasync()
   }
 
+  /**
+   * The oldest segment, if all of it is at or below `baseSeq` and nobody needs it to append or seal: taken off the list, its file is the
+   * caller's to remove. The newest one always stays: the numbers of segments and their chain go on from it.
+   */
+  takeOldest(baseSeq: number): SegmentInfo | undefined {
+    const oldest = this.segments.at(0)
+    if (oldest === undefined || this.segments.length < 2 || oldest.lastSeq > baseSeq || !(oldest.sealed || oldest.damaged)) return undefined
+    return this.segments.shift()
+  }
+
+  /** Header, run or trailer of a sealed segment are damaged and its frames are whole: they are made again, in the background. */
+  sealAgain(info: SegmentInfo): void {
+    if (!info.sealed || info.digest === undefined || !this.segments.includes(info)) return
+    info.sealed = false
+    this.#sealNext()
+  }
+
   /** Seals what is closed and could not be sealed before. */
   resumeSealing(): void {
     this.#sealNext()
@@ -178,7 +195,8 @@ export class JournalLog implements AsyncDisposable {
     const index = this.segments.findIndex((one, at) => !one.sealed && !one.damaged && at < this.segments.length - 1)
     if (index < 0) return
     const info = this.segments[index]
-    const previousDigest = index === 0 ? info.previousDigest : (this.segments[index - 1].digest ?? NO_DIGEST)
+    // One that is sealed again keeps the digest that its successor names.
+    const previousDigest = index === 0 || info.digest !== undefined ? info.previousDigest : (this.segments[index - 1].digest ?? NO_DIGEST)
     this.#sealing = this.#seal(info, previousDigest).then((again) => {
       this.#sealing = undefined
       if (again) this.#sealNext()
@@ -186,10 +204,11 @@ export class JournalLog implements AsyncDisposable {
   }
 
   async #seal(info: SegmentInfo, previousDigest: Buffer): Promise<boolean> {
-    const { path, segmentNumber, firstSeq, lastSeq, framesEndBytes } = info
-    const fields = { vm: this.#options.vm, segment: segmentNumber }
+    const { path, segmentNumber, firstSeq, lastSeq, createdAtUnixMs, framesEndBytes } = info
+    const { vm } = this.#options
+    const fields = { vm, segment: segmentNumber }
     try {
-      const result = await this.#options.sealer.seal({ path, segmentNumber, firstSeq, lastSeq, framesEndBytes, previousDigest })
+      const result = await this.#options.sealer.seal({ path, segmentNumber, firstSeq, lastSeq, createdAtUnixMs, vm, framesEndBytes, previousDigest })
       if (result.is === 'damaged') {
         info.damaged = true
         for (const bad of result.bad) this.damage.add({ segment: segmentNumber, firstSeq: bad.firstSeq, lastSeq: bad.lastSeq ?? lastSeq, what: bad.what })

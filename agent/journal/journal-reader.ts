@@ -1,5 +1,5 @@
 import type { FileHandle } from 'node:fs/promises'
-import { CdpError, errorMessage } from '../../core/errors/index.ts'
+import { CdpError, errorCode, errorMessage } from '../../core/errors/index.ts'
 import { decodeFramePayload, FRAME_HEADER_BYTES, parseFrame, parseFrameHeader } from '../../core/record/index.ts'
 import type { FrameHeader, RecordTable } from '../../core/record/index.ts'
 import { SEGMENT_HEADER_BYTES } from '../index/index.ts'
@@ -46,6 +46,11 @@ export class JournalReader implements AsyncDisposable {
     const info = first === undefined ? undefined : this.#segments.at(Math.max(0, segmentNumber - first.segmentNumber))
     if (info?.segmentNumber !== segmentNumber) throw new CdpError('NOT_FOUND', 'no such segment', { context: { segment: segmentNumber } })
     return info
+  }
+
+  /** A segment's file was removed. */
+  forget(path: string): Promise<void> {
+    return this.#handles.forget(path)
   }
 
   /**
@@ -99,13 +104,18 @@ export class JournalReader implements AsyncDisposable {
   async *marks(fromSeq = 0): AsyncGenerator<JournalMark, void, undefined> {
     for (const info of [...this.#segments]) {
       if (info.lastSeq < fromSeq || info.lastSeq < info.firstSeq) continue
+      let readSeq = info.firstSeq - 1
       const handle = await this.#handles.acquire(info.path)
       try {
         const scan = { fromBytes: SEGMENT_HEADER_BYTES, toBytes: info.framesEndBytes, expectedSeq: info.firstSeq, lastSeq: info.lastSeq }
         for await (const event of scanFrames(handle, scan)) {
           if (event.is === 'bad') this.#note(info, event.bad.firstSeq, event.bad.lastSeq ?? info.lastSeq, event.bad.what)
           else for (const mark of marksOf(event.frame) ?? []) if (mark.seq >= fromSeq) yield mark
+          readSeq = event.is === 'bad' ? (event.bad.lastSeq ?? info.lastSeq) : event.frame.header.lastSeq
         }
+      } catch (error) {
+        if (errorCode(error) !== 'EIO') throw error
+        this.#note(info, readSeq + 1, info.lastSeq, 'cannot be read')
       } finally {
         await this.#handles.release(info.path)
       }
@@ -134,6 +144,7 @@ export class JournalReader implements AsyncDisposable {
 
   /** Which sequences a broken frame held is known from its neighbours. */
   async #damaged(info: SegmentInfo, frameOffset: number, cause: unknown): Promise<CdpError> {
+    if (!this.#segments.includes(info)) return new CdpError('NOT_FOUND', 'the segment went into the mirror', { cause, context: { segment: info.segmentNumber } })
     let bad: BadStretch | undefined
     try {
       const handle = await this.#handles.acquire(info.path)

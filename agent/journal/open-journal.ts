@@ -1,12 +1,13 @@
 import { open, readdir, rm } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
 import { join } from 'node:path'
-import { CdpError, errorMessage } from '../../core/errors/index.ts'
+import { CdpError, errorCode, errorMessage } from '../../core/errors/index.ts'
+import { writeAll } from '../../core/files/index.ts'
 import { firstSeqOfSegmentFile, parseSegmentHeader, SEGMENT_HEADER_BYTES, SEGMENT_TRAILER_BYTES } from '../index/index.ts'
 import type { SegmentHeader, SegmentTrailer } from '../index/index.ts'
 import type { DurableHint } from './durable-hint.ts'
 import { marksOf } from './frame-checks.ts'
-import type { JournalMark } from './frame-checks.ts'
+import type { ResizeMark } from './frame-checks.ts'
 import { scanFrames } from './frame-scan.ts'
 import type { BadStretch, ScanRange } from './frame-scan.ts'
 import { DamageList } from './segment-info.ts'
@@ -22,15 +23,21 @@ export type OpenedJournal = {
   /** The last segment may be appended to. */
   lastIsOpen: boolean
   /** Resizes that stand in unsealed segments, in order. */
-  resizes: Extract<JournalMark, { is: 'resize' }>[]
+  resizes: ResizeMark[]
 }
 
 type Probe = { path: string; firstSeq: number; fileBytes: number; header: SegmentHeader | undefined; headerProblem: string; trailer: SegmentTrailer | undefined }
 
+/** What stands there; nothing where the disk does not give it any more: a segment without header or trailer is damaged, and not the whole journal. */
 const readAt = async (handle: FileHandle, offsetBytes: number, lengthBytes: number): Promise<Buffer> => {
   const buffer = Buffer.alloc(lengthBytes)
-  const { bytesRead } = await handle.read(buffer, 0, lengthBytes, offsetBytes)
-  return buffer.subarray(0, bytesRead)
+  try {
+    const { bytesRead } = await handle.read(buffer, 0, lengthBytes, offsetBytes)
+    return buffer.subarray(0, bytesRead)
+  } catch (error) {
+    if (errorCode(error) !== 'EIO') throw error
+    return buffer.subarray(0, 0)
+  }
 }
 
 const orUndefined = <T>(parse: () => T): { value: T | undefined; problem: string } => {
@@ -184,7 +191,10 @@ export class JournalOpening {
     return clean
   }
 
-  /** What follows the last promise: whole frames are kept, the first broken one and all behind it are cut. */
+  /**
+   * What follows the last promise: whole frames are kept, the first broken one and all behind it are cut. What is kept is written once more: where its fdatasync
+   * failed the kernel holds it as clean, and another fdatasync would promise what is on no disk.
+   */
   async #scanTail(info: SegmentInfo): Promise<void> {
     const handle = await open(info.path, 'r+')
     try {
@@ -192,8 +202,12 @@ export class JournalOpening {
       const range = { fromBytes: info.framesEndBytes, toBytes: info.fileBytes, expectedSeq: info.lastSeq + 1 }
       for await (const event of scanFrames(handle, range)) {
         if (event.is === 'bad') torn = event.bad
-        else this.#count(info, event.offsetBytes, event.bytes.length, event.frame)
+        else {
+          this.#count(info, event.offsetBytes, event.bytes.length, event.frame)
+          await writeAll(handle, [event.bytes], event.bytes.length, event.offsetBytes)
+        }
       }
+      if (info.framesEndBytes > range.fromBytes) await handle.datasync()
       if (info.framesEndBytes >= info.fileBytes) return
       const cutBytes = info.fileBytes - info.framesEndBytes
       await handle.truncate(info.framesEndBytes)

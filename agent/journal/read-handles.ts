@@ -1,7 +1,7 @@
 import { open } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
 
-type Entry = { handle: Promise<FileHandle>; users: number }
+type Entry = { handle: Promise<FileHandle>; users: number; forgotten: boolean }
 
 /** Files open for reading, the least recently used closed first. Above `maxOpen` only while more than that are in use at once. */
 export class ReadHandles implements AsyncDisposable {
@@ -19,7 +19,7 @@ export class ReadHandles implements AsyncDisposable {
   /** Takes a file for reading until `release`. */
   async acquire(path: string): Promise<FileHandle> {
     let entry = this.#entries.get(path)
-    if (entry === undefined) entry = { handle: open(path, 'r'), users: 0 }
+    if (entry === undefined) entry = { handle: open(path, 'r'), users: 0, forgotten: false }
     else this.#entries.delete(path)
     this.#entries.set(path, entry)
     entry.users++
@@ -35,6 +35,7 @@ export class ReadHandles implements AsyncDisposable {
     const entry = this.#entries.get(path)
     if (entry === undefined) return
     entry.users--
+    if (entry.forgotten) await this.forget(path)
     if (this.#entries.size <= this.#maxOpen) return
     for (const [oldest, candidate] of this.#entries) {
       if (candidate.users > 0) continue
@@ -42,6 +43,18 @@ export class ReadHandles implements AsyncDisposable {
       await (await candidate.handle).close()
       if (this.#entries.size <= this.#maxOpen) return
     }
+  }
+
+  /** A file was removed: its blocks are free once nobody has it open. */
+  async forget(path: string): Promise<void> {
+    const entry = this.#entries.get(path)
+    if (entry === undefined) return
+    if (entry.users > 0) {
+      entry.forgotten = true
+      return
+    }
+    this.#entries.delete(path)
+    await (await entry.handle).close()
   }
 
   /** The caller has seen to it that nothing is in use. */

@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 import { open } from 'node:fs/promises'
-import { buildLeafRun, encodeSegmentHeader, encodeSegmentTrailer, parseSegmentHeader, RecordList, SEGMENT_HEADER_BYTES, SEGMENT_TRAILER_BYTES } from '../index/index.ts'
-import { writeAll } from '../mirror/index.ts'
+import { writeAll } from '../../core/files/index.ts'
+import { buildLeafRun, encodeSegmentHeader, encodeSegmentTrailer, RecordList, SEGMENT_HEADER_BYTES, SEGMENT_TRAILER_BYTES } from '../index/index.ts'
 import { scanFrames } from './frame-scan.ts'
 import type { BadStretch } from './frame-scan.ts'
 
@@ -10,6 +10,8 @@ export type SealRequest = {
   segmentNumber: number
   firstSeq: number
   lastSeq: number
+  createdAtUnixMs: number
+  vm: string
   framesEndBytes: number
   /** Digest of the segment before, zeroes if there is none or it is not sealed. */
   previousDigest: Uint8Array
@@ -29,13 +31,15 @@ export type SealResult = { is: 'sealed'; sealed: SealedSegment } | { is: 'damage
 /**
  * Seals a closed segment: checks every frame, then header with the hash chain, leaf run, trailer, each durable before the next.
  * The trailer is last, so an interrupted sealing is an unsealed segment and is done again from the start.
+ * @param window SCAN_WINDOW_BYTES that nobody else uses meanwhile
  */
-export const sealSegment = async (request: SealRequest): Promise<SealResult> => {
+export const sealSegment = async (request: SealRequest, window: Buffer): Promise<SealResult> => {
   const handle = await open(request.path, 'r+')
   try {
     const headerBytes = Buffer.alloc(SEGMENT_HEADER_BYTES)
     await handle.read(headerBytes, 0, SEGMENT_HEADER_BYTES, 0)
-    const newHeader = encodeSegmentHeader({ ...parseSegmentHeader(headerBytes), previousDigest: Buffer.from(request.previousDigest) })
+    const { firstSeq, createdAtUnixMs, segmentNumber, vm } = request
+    const newHeader = encodeSegmentHeader({ firstSeq, createdAtUnixMs, segmentNumber, vm, previousDigest: Buffer.from(request.previousDigest) })
     const hash = createHash('sha256').update(newHeader)
     const bad: BadStretch[] = []
     const records = new RecordList(request.segmentNumber, request.firstSeq, 4096)
@@ -43,7 +47,7 @@ export const sealSegment = async (request: SealRequest): Promise<SealResult> => 
     let firstAtUnixMs = 0
     let lastAtUnixMs = 0
     const range = { fromBytes: SEGMENT_HEADER_BYTES, toBytes: request.framesEndBytes, expectedSeq: request.firstSeq, lastSeq: request.lastSeq }
-    for await (const event of scanFrames(handle, range)) {
+    for await (const event of scanFrames(handle, range, window)) {
       if (event.is === 'bad') {
         bad.push(event.bad)
         continue

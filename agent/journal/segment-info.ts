@@ -23,7 +23,22 @@ export type SegmentInfo = {
 }
 
 /** A stretch of sequences that cannot be believed, or is missing, and why. */
-export type Damage = { segment: number; firstSeq: number; lastSeq: number; what: string }
+export type Damage = {
+  segment: number
+  firstSeq: number
+  lastSeq: number
+  what: string
+  /** Where the damaged frames stand in the segment, if that is known. */
+  fromBytes?: number
+  toBytes?: number
+  /** When a scrub confirmed it; absent: somebody met it, and it is to be looked at. */
+  foundAtUnixMs?: number
+  /** No state from this sequence on needs them: all that they held was written again by then. */
+  healedFromSeq?: number
+}
+
+/** It is about records of the segment, not about some that are missing before or behind it. */
+export const isInside = ({ segmentNumber, firstSeq, lastSeq }: SegmentInfo, damage: Damage): boolean => damage.segment === segmentNumber && damage.lastSeq >= firstSeq && damage.firstSeq <= lastSeq
 
 /** What opening a journal found and mended. */
 export type OpenReport = {
@@ -36,7 +51,7 @@ export type OpenReport = {
 
 /** Damage found so far, each stretch once, bounded. */
 export class DamageList {
-  readonly #list: Damage[] = []
+  #list: Damage[] = []
   readonly #bound: number
 
   constructor(bound = 1024) {
@@ -49,6 +64,16 @@ export class DamageList {
     if (known || this.#list.length >= this.#bound) return false
     this.#list.push(damage)
     return true
+  }
+
+  /** A segment was read from end to end: this is what is damaged in it. */
+  replace(info: SegmentInfo, found: readonly Damage[]): void {
+    this.#list = [...this.#list.filter((one) => !isInside(info, one)), ...found].slice(0, this.#bound)
+  }
+
+  /** Every stretch as `change` says; one that became undefined is forgotten. */
+  update(change: (damage: Damage) => Damage | undefined): void {
+    this.#list = this.#list.flatMap((damage) => change(damage) ?? [])
   }
 
   all(): readonly Damage[] {

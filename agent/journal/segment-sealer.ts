@@ -8,15 +8,17 @@ const workerUrl = (): URL => new URL(import.meta.url.endsWith('.ts') ? './sealin
 
 type Job = { job: SealingJob; resolve: (answer: SealingAnswer) => void; reject: (error: CdpError) => void }
 
+/** Jobs of one kind, one at a time. */
+type Lane = { readonly queue: Job[]; current: Job | undefined }
+
 /**
- * Seals and verifies segments in a worker thread, one at a time, for all VMs of the agent. A VM has at most one segment to seal
- * and one to verify under way, so the queue is as long as there are VMs; `maxQueued` bounds it all the same.
+ * Seals and verifies segments in a worker thread, for all VMs of the agent: one to seal at a time, and one to verify beside it, since a verify at
+ * a low rate takes long and mostly waits. A VM has at most one of each under way, so the queues are as long as there are VMs; `maxQueued` bounds them all the same.
  */
 export class SegmentSealer implements AsyncDisposable {
   readonly #maxQueued: number
-  readonly #queue: Job[] = []
+  readonly #lanes: Record<SealingJob['is'], Lane> = { seal: { queue: [], current: undefined }, verify: { queue: [], current: undefined } }
   #worker: Worker | undefined
-  #current: Job | undefined
   #nextId = 1
   #closed = false
 
@@ -47,43 +49,51 @@ export class SegmentSealer implements AsyncDisposable {
   }
 
   #run(job: SealingJob): Promise<SealingAnswer> {
+    const lane = this.#lanes[job.is]
     if (this.#closed) return Promise.reject(new CdpError('CLOSED', 'the sealer is closed'))
-    if (this.#queue.length >= this.#maxQueued) return Promise.reject(new CdpError('CONFLICT', 'too many segments wait to be sealed', { retry: true }))
+    if (lane.queue.length >= this.#maxQueued) return Promise.reject(new CdpError('CONFLICT', `too many segments wait for ${job.is}`, { retry: true }))
     return new Promise((resolve, reject) => {
-      this.#queue.push({ job, resolve, reject })
-      this.#next()
+      lane.queue.push({ job, resolve, reject })
+      this.#next(lane)
     })
   }
 
-  #next(): void {
-    if (this.#current !== undefined) return
-    this.#current = this.#queue.shift()
-    if (this.#current === undefined) {
-      this.#worker?.unref()
+  #next(lane: Lane): void {
+    if (lane.current !== undefined) return
+    lane.current = lane.queue.shift()
+    if (lane.current === undefined) {
+      if (this.#all().every(({ current }) => current === undefined)) this.#worker?.unref()
       return
     }
     this.#worker ??= this.#start()
     this.#worker.ref()
-    this.#worker.postMessage(this.#current.job)
+    this.#worker.postMessage(lane.current.job)
+  }
+
+  #all(): Lane[] {
+    return Object.values(this.#lanes)
   }
 
   #start(): Worker {
     const worker = new Worker(workerUrl(), { name: 'sealer' })
     worker.on('message', (answer: SealingAnswer) => {
-      const current = this.#current
-      if (current === undefined || current.job.id !== answer.id) return
-      this.#current = undefined
+      const lane = this.#all().find(({ current }) => current?.job.id === answer.id)
+      const current = lane?.current
+      if (lane === undefined || current === undefined) return
+      lane.current = undefined
       if (answer.is === 'failed') current.reject(new CdpError('IO', answer.message, { context: { code: answer.code } }))
       else current.resolve(answer)
-      this.#next()
+      this.#next(lane)
     })
     const gone = (message: string): void => {
       if (this.#worker !== worker) return
       this.#worker = undefined
-      const current = this.#current
-      this.#current = undefined
-      current?.reject(new CdpError('IO', message))
-      this.#next()
+      for (const lane of this.#all()) {
+        const { current } = lane
+        lane.current = undefined
+        current?.reject(new CdpError('IO', message))
+        this.#next(lane)
+      }
     }
     worker.on('error', (error) => gone(`the sealing worker failed: ${String(error)}`))
     worker.on('exit', (code) => gone(`the sealing worker ended with code ${code}`))
@@ -91,8 +101,10 @@ export class SegmentSealer implements AsyncDisposable {
   }
 
   #dropAll(message: string): void {
-    const dropped = this.#current === undefined ? this.#queue.splice(0) : [this.#current, ...this.#queue.splice(0)]
-    this.#current = undefined
-    for (const { reject } of dropped) reject(new CdpError('CLOSED', message))
+    for (const lane of this.#all()) {
+      const dropped = [...(lane.current === undefined ? [] : [lane.current]), ...lane.queue.splice(0)]
+      lane.current = undefined
+      for (const { reject } of dropped) reject(new CdpError('CLOSED', message))
+    }
   }
 }

@@ -1,5 +1,7 @@
+import type { CdpError } from '../../core/errors/index.ts'
 import type { Logger } from '../../core/log/index.ts'
 import type { DiskEntry } from '../../core/record/index.ts'
+import type { MirrorStorage } from '../mirror/index.ts'
 import type { Clock, SegmentLimits } from './journal-log.ts'
 import type { SegmentSealer } from './segment-sealer.ts'
 
@@ -11,8 +13,12 @@ export type VmStoreOptions = {
   log: Logger
   clock: Clock
   sealer: SegmentSealer
+  /** Where the mirrors are; disposed with the store. Default: sparse files in the VM's directory. */
+  mirrors?: MirrorStorage
   /** Told of the bytes of each accepted frame once nobody here looks at them any more. */
   recycle?: (bytes: Buffer) => void
+  /** Asked before each commit: an error with context.condition 'full' if the journal must not grow beyond its present bytes. */
+  mayGrow?: (journalBytes: number) => CdpError | undefined
   limits?: Partial<SegmentLimits> & {
     /** What may wait to be durable; `accept` refuses beyond. At least one frame of the largest size. */
     queueBytes?: number

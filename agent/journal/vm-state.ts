@@ -12,11 +12,15 @@ export type VmState = {
   /** The initial sync has ended; `baseSeq` is what the mirror holds. */
   baseComplete: boolean
   baseSeq: number
+  /** A promotion to this sequence has begun: the mirror holds parts of what lies up to it, and nothing below it can be recovered any more. */
+  promotingToSeq?: number | undefined
   /** While the base is not complete: the last sequence applied to the mirror. */
   directSeq: number
   /** By disk number: everything below was copied by the initial sync. */
   syncProgress: Record<string, number>
   disks: DiskEntry[]
+  /** The disks that it had up to a sequence, and not behind it; ascending, as far as the history goes back. */
+  disksBefore?: { upToSeq: number; disks: DiskEntry[] }[]
 }
 
 export const newVmState = (vm: string): VmState => ({ format: 1, vm, epoch: 0, baseComplete: false, baseSeq: 0, directSeq: 0, syncProgress: {}, disks: [] })
@@ -34,13 +38,29 @@ export const parseVmState = (text: string): VmState => {
     throw new CdpError('FORMAT', 'vm.json is not JSON', { cause })
   }
   if (!isObject(json) || json.format !== 1) throw new CdpError('FORMAT', 'vm.json is of an unknown format')
-  const counts = isCount(json.epoch) && isCount(json.baseSeq) && isCount(json.directSeq)
+  const counts = isCount(json.epoch) && isCount(json.baseSeq) && isCount(json.directSeq) && (json.promotingToSeq === undefined || isCount(json.promotingToSeq))
   const progress = isObject(json.syncProgress) && Object.values(json.syncProgress).every(isCount)
   const disks = Array.isArray(json.disks) && json.disks.every(isDisk)
-  if (typeof json.vm !== 'string' || typeof json.baseComplete !== 'boolean' || !counts || !progress || !disks) {
+  const before = json.disksBefore === undefined || (Array.isArray(json.disksBefore) && json.disksBefore.every((one) => isObject(one) && isCount(one.upToSeq) && Array.isArray(one.disks) && one.disks.every(isDisk)))
+  if (typeof json.vm !== 'string' || typeof json.baseComplete !== 'boolean' || !counts || !progress || !disks || !before) {
     throw new CdpError('FORMAT', 'vm.json lacks a field or has one of a wrong type')
   }
   return json as VmState
+}
+
+/** The lowest sequence that can still be recovered: what the mirror holds, or is being brought to. */
+export const recoverableFrom = ({ baseSeq, promotingToSeq }: VmState): number => Math.max(baseSeq, promotingToSeq ?? 0)
+
+/** The disks as of a sequence. */
+export const disksAt = ({ disks, disksBefore = [] }: VmState, seq: number): readonly DiskEntry[] => disksBefore.find(({ upToSeq }) => seq <= upToSeq)?.disks ?? disks
+
+/** The state with other disks behind `lastSeq`; what they were before is kept for as long as something of that time can be recovered. */
+export const withDisks = (state: VmState, disks: DiskEntry[], lastSeq: number): VmState => {
+  if (!state.baseComplete || JSON.stringify(disks) === JSON.stringify(state.disks)) return { ...state, disks }
+  const before = (state.disksBefore ?? []).filter(({ upToSeq }) => upToSeq >= recoverableFrom(state))
+  // With no record since the last change nothing was ever recovered with those of between.
+  if ((before.at(-1)?.upToSeq ?? -1) < lastSeq) before.push({ upToSeq: lastSeq, disks: state.disks })
+  return { ...state, disks, disksBefore: before }
 }
 
 /** The state in `path`, or undefined if there is no such file. @throws CdpError FORMAT */

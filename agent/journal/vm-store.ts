@@ -1,13 +1,17 @@
 import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
-import { CdpError, errorCode, errorMessage, toCdpError } from '../../core/errors/index.ts'
+import { CdpError, errorMessage, toCdpError } from '../../core/errors/index.ts'
 import type { Logger } from '../../core/log/index.ts'
 import { MAX_FRAME_BYTES } from '../../core/record/index.ts'
 import type { DiskEntry } from '../../core/record/index.ts'
 import { Admission, staleEpoch } from './admission.ts'
+import { BaseKeeper } from './base-keeper.ts'
+import { DamageBook, readDamageFile } from './damage-book.ts'
+import type { DamageFile } from './damage-book.ts'
 import { DIRECT_COMMIT_BYTES, DIRECT_COMMIT_MS, DirectLog, resized } from './direct-log.ts'
-import { admitDisks, storeFull } from './epoch-rules.ts'
-import type { JournalMark } from './frame-checks.ts'
+import { admitDisks } from './disk-numbers.ts'
+import { isFull, storeFull } from './store-full.ts'
+import type { JournalMark, ResizeMark } from './frame-checks.ts'
 import { FrameQueue } from './frame-queue.ts'
 import type { QueuedFrame } from './frame-queue.ts'
 import { JournalLog, SEGMENT_LIMITS } from './journal-log.ts'
@@ -17,14 +21,21 @@ import type { FrameRecords, StoredFrame } from './journal-reader.ts'
 import type { Damage, OpenReport, SegmentInfo } from './segment-info.ts'
 import type { SegmentSealer } from './segment-sealer.ts'
 import type { EpochAnswer, StoreCondition, VmStoreOptions } from './store-options.ts'
+import { StateFile } from './state-file.ts'
 import { freeBytes } from './free-space.ts'
-import { verifyJournal } from './verify-journal.ts'
+import { MirrorStorage } from '../mirror/index.ts'
+import { verifyJournal, verifySegmentOf } from './verify-journal.ts'
 import type { VerifyReport } from './verify-journal.ts'
-import { loadVmState, newVmState, saveVmState } from './vm-state.ts'
+import type { VerifiedSegment } from './verify-segment.ts'
+import { checkPreseeds, takePreseeds } from './preseed.ts'
+import { disksAt, loadVmState, newVmState, saveVmState, withDisks } from './vm-state.ts'
 import type { VmState } from './vm-state.ts'
 
 const COMMIT_BYTES = 16 * 1024 * 1024
 const QUEUE_BYTES = 64 * 1024 * 1024
+
+/** A disk has grown: larger from this record on. */
+const resizedBy = (state: VmState, { seq, disk, sizeBytes }: ResizeMark): VmState => withDisks(state, resized(state.disks, disk, sizeBytes), seq - 1)
 
 /** The durable store of one VM: its epoch, its journal, and during the initial sync its mirror disks. */
 export class VmStore implements AsyncDisposable {
@@ -32,21 +43,28 @@ export class VmStore implements AsyncDisposable {
   readonly directory: string
   /** Called after each commit, with the newest sequence that will survive a crash. */
   onDurable: ((durableSeq: number, epoch: number) => void) | undefined
-  /** Called before `onDurable` with the marks of the frames that became durable, in order. If it throws, the store fails. */
+  /** Called before `onDurable` with the marks of the frames that became durable, in order; with none to try again what it refused. If it throws, the store is full or fails. */
   onRecords: ((marks: readonly JournalMark[]) => void) | undefined
   /** Called when the store stops taking frames: the streams of this VM must end. */
   onStopped: ((error: CdpError) => void) | undefined
   /** Called when a segment was sealed in the background. */
   onSealed: ((segment: SegmentInfo) => void) | undefined
+  /** Called when a segment went into the mirror and its file is gone: nobody should keep it open. */
+  onRemoved: ((path: string) => Promise<void>) | undefined
   readonly #log: Logger
   readonly #journal: JournalLog
   readonly #reader: JournalReader
   readonly #sealer: SegmentSealer
   readonly #recycle: ((bytes: Buffer) => void) | undefined
   readonly #queueBytes: number
-  readonly #statePath: string
+  readonly #file: StateFile
+  readonly #mirrors: MirrorStorage
+  /** What moves the base up and takes the oldest segments away. */
+  readonly base: BaseKeeper
+  /** What of the journal and the mirror is known to be damaged. */
+  readonly damageBook: DamageBook
+  readonly #mayGrow: VmStoreOptions['mayGrow']
   readonly #queue = new FrameQueue()
-  #state: VmState
   #direct: DirectLog | undefined
   #condition: StoreCondition = 'open'
   #stoppedBy: CdpError | undefined
@@ -57,7 +75,7 @@ export class VmStore implements AsyncDisposable {
   #wake: (() => void) | undefined
   #attaching: Promise<unknown> = Promise.resolve()
 
-  private constructor(options: VmStoreOptions, state: VmState, journal: JournalLog) {
+  private constructor(options: VmStoreOptions, state: VmState, journal: JournalLog, damage: DamageFile) {
     this.vm = options.vm
     this.directory = options.directory
     this.#log = options.log
@@ -66,8 +84,18 @@ export class VmStore implements AsyncDisposable {
     this.#journal = journal
     this.#reader = new JournalReader(journal.segments, journal.damage, options.limits?.openFiles)
     this.#queueBytes = Math.max(MAX_FRAME_BYTES, options.limits?.queueBytes ?? QUEUE_BYTES)
-    this.#statePath = join(options.directory, 'vm.json')
-    this.#state = state
+    this.#file = new StateFile(join(options.directory, 'vm.json'), state)
+    this.#mayGrow = options.mayGrow
+    this.#mirrors = options.mirrors ?? new MirrorStorage({ vmDirectory: options.directory })
+    this.damageBook = new DamageBook(options.directory, journal.damage, damage)
+    this.damageBook.baseMoved(state.baseSeq)
+    this.base = new BaseKeeper({
+      directory: options.directory, mirrors: this.#mirrors, vm: options.vm, journal, file: this.#file, damage: this.damageBook, log: options.log,
+      onRemoved: async (path) => {
+        await this.#reader.forget(path)
+        await this.onRemoved?.(path)
+      },
+    })
     this.#admission.reset(state, this.durableSeq)
     journal.onSealed = (segment) => this.onSealed?.(segment)
   }
@@ -87,19 +115,24 @@ export class VmStore implements AsyncDisposable {
     await using held = new AsyncDisposableStack()
     const { log: journal, resizes } = await JournalLog.open({ ...options, limits }, state.baseComplete ? state.baseSeq : state.directSeq)
     held.use(journal)
+    const damage = await readDamageFile(options.directory, options.log)
     if (found === undefined) {
       if (journal.segments.length > 0) {
         throw new CdpError('FORMAT', 'there is a journal, but no vm.json', { hint: 'Put vm.json back from a backup; without it nobody knows what the mirror holds.', context: { directory: options.directory } })
       }
       await saveVmState(statePath, state)
     }
-    for (const { epoch, disk, sizeBytes } of resizes) if (epoch === state.epoch) state = { ...state, disks: resized(state.disks, disk, sizeBytes) }
+    for (const mark of resizes) if (mark.epoch === state.epoch) state = resizedBy(state, mark)
     held.move()
-    const store = new VmStore(options, state, journal)
+    const store = new VmStore(options, state, journal, damage)
     store.#logOpened()
+    store.#mirrors.start()
     return store
   }
 
+  get #state(): VmState {
+    return this.#file.state
+  }
   get condition(): StoreCondition {
     return this.#condition
   }
@@ -124,6 +157,10 @@ export class VmStore implements AsyncDisposable {
   get disks(): readonly DiskEntry[] {
     return this.#state.disks
   }
+  /** As of a sequence of the history. */
+  disksAt(seq: number): readonly DiskEntry[] {
+    return disksAt(this.#state, seq)
+  }
   /** Bytes accepted and not yet durable. */
   get queuedBytes(): number {
     return this.#queue.bytes
@@ -131,7 +168,7 @@ export class VmStore implements AsyncDisposable {
   get journalBytes(): number {
     return this.#journal.bytes
   }
-  get segments(): readonly Readonly<SegmentInfo>[] {
+  get segments(): readonly SegmentInfo[] {
     return this.#journal.segments
   }
   get openReport(): Readonly<OpenReport> {
@@ -144,18 +181,21 @@ export class VmStore implements AsyncDisposable {
   }
 
   /**
-   * A new attach: the next epoch, durable before it is answered. Frames of older epochs are refused from now on; those taken
+   * A new attach: the next epoch, durable before it is answered, with the numbers of its disks. Frames of older epochs are refused from now on; those taken
    * before are made durable first.
-   * @throws CdpError CONFLICT if the disks contradict those known, IO with context.condition if the store is full or failed
+   * @throws CdpError BAD_INPUT for impossible disks, CONFLICT for a preseed that does not fit, IO with context.condition if the store is full or failed
    */
   beginEpoch(disks: readonly DiskEntry[]): Promise<EpochAnswer> {
     return this.#attach(async () => {
       const admitted = await admitDisks(this.directory, this.#state.disks, disks)
+      if (!this.#state.baseComplete) await checkPreseeds(this.directory, this.#mirrors, admitted)
+      await this.#mirrors.check(admitted)
       return async () => {
         await this.#closeDirect()
-        await this.#save({ ...this.#state, epoch: this.#state.epoch + 1, disks: admitted })
+        await this.#file.update((state) => ({ ...withDisks(state, admitted, this.durableSeq), epoch: state.epoch + 1 }))
+        await this.#takePreseeds()
         // Every disk has a mirror from its first attach on, so that its number is never given to another one.
-        this.#direct = await DirectLog.open(this.directory, this.#state)
+        this.#direct = await DirectLog.open(this.directory, this.#mirrors, this.#state)
         if (this.#state.baseComplete) await this.#closeDirect()
       }
     })
@@ -217,7 +257,17 @@ export class VmStore implements AsyncDisposable {
     return this.#reader.marks(fromSeq)
   }
 
-  /** Scrub: reads the whole journal in the sealing worker; what it finds is also in `damage()` from then on. */
+  /** Reads one segment from end to end in the sealing worker, as far as it is durable now. @throws CdpError IO, CLOSED */
+  verifySegment(info: SegmentInfo, rateBytesPerSec?: number): Promise<VerifiedSegment> {
+    return verifySegmentOf(this.#journal, this.#sealer, info, rateBytesPerSec)
+  }
+
+  /** Header, run or trailer of a sealed segment are made again from its frames. */
+  sealAgain(info: SegmentInfo): void {
+    this.#journal.sealAgain(info)
+  }
+
+  /** Reads the whole journal in the sealing worker; what it finds is also in `damage()` from then on. */
   verify(options: { signal?: AbortSignal } = {}): Promise<VerifyReport> {
     return verifyJournal(this.#journal, this.#sealer, options)
   }
@@ -233,8 +283,17 @@ export class VmStore implements AsyncDisposable {
     await this.flush()
     this.#condition = 'closed'
     await this.#closeDirect()
+    await this.base[Symbol.asyncDispose]()
+    await this.#mirrors[Symbol.asyncDispose]()
     await this.#journal[Symbol.asyncDispose]()
     await this.#reader[Symbol.asyncDispose]()
+  }
+
+  async #takePreseeds(): Promise<void> {
+    if (this.#state.baseComplete) return
+    const { taken, late } = await takePreseeds(this.directory, this.#mirrors, this.#state.disks)
+    if (taken.length > 0) this.#log.info('preseeded disks are the mirror', { vm: this.vm, disks: taken.join(' ') })
+    if (late.length > 0) this.#log.warn('a preseed came too late: its disk has a mirror already', { vm: this.vm, disks: late.join(' ') })
   }
 
   /** `check` refuses without any effect; what it answers is done when nothing is taken and all that was is durable. */
@@ -286,6 +345,8 @@ export class VmStore implements AsyncDisposable {
 
   async #commitJournal(first: QueuedFrame): Promise<void> {
     const journal = this.#journal
+    const refusal = this.#mayGrow?.(journal.bytes)
+    if (refusal !== undefined) throw refusal
     if (!journal.isEmpty && !journal.hasRoom(first.bytes.length, first.frame.header.recordCount)) await journal.roll(first.frame.header.firstSeq)
     const batch: AppendBatch = { buffers: [], lengthBytes: 0, recordCount: 0, lastSeq: 0, firstAtUnixMs: first.frame.header.atUnixMs, lastAtUnixMs: 0 }
     let marks: JournalMark[] | undefined
@@ -304,20 +365,19 @@ export class VmStore implements AsyncDisposable {
     }
     await journal.append(batch)
     if (this.#recycle !== undefined) for (const bytes of batch.buffers) this.#recycle(bytes)
-    await this.#keepSizes(marks)
     this.#queue.release(batch.lengthBytes)
-    await this.#announce(marks)
+    const resizes = (marks ?? []).filter((mark) => mark.is === 'resize')
+    // A store that is opened again has them from the journal.
+    if (resizes.length > 0) this.#file.adopt(resizes.reduce(resizedBy, this.#state))
+    if (!(await this.#takeMarks(marks))) return
+    // For whoever reads the file.
+    if (resizes.length > 0) await this.#file.update((state) => state)
+    this.#acknowledge()
     await journal.writeHint()
   }
 
-  async #keepSizes(marks: JournalMark[] | undefined): Promise<void> {
-    let { disks } = this.#state
-    for (const mark of marks ?? []) if (mark.is === 'resize') disks = resized(disks, mark.disk, mark.sizeBytes)
-    if (disks !== this.#state.disks) await this.#save({ ...this.#state, disks })
-  }
-
   async #commitDirect(): Promise<void> {
-    const direct = (this.#direct ??= await DirectLog.open(this.directory, this.#state))
+    const direct = (this.#direct ??= await DirectLog.open(this.directory, this.#mirrors, this.#state))
     const deadlineMs = performance.now() + DIRECT_COMMIT_MS
     let appliedBytes = 0
     let marks: JournalMark[] | undefined
@@ -339,9 +399,9 @@ export class VmStore implements AsyncDisposable {
     }
     const state = await direct.commit()
     if (state.baseComplete) this.#journal.begin(state.baseSeq)
-    this.#state = state
+    this.#file.adopt(state)
     if (state.baseComplete) await this.#closeDirect()
-    await this.#announce(marks)
+    if (await this.#takeMarks(marks)) this.#acknowledge()
   }
 
   #waitForWork(waitMs: number): Promise<void> {
@@ -356,14 +416,18 @@ export class VmStore implements AsyncDisposable {
     })
   }
 
-  /** Marks that are not taken must not be acknowledged: the store stops, and whoever opens it again replays them from the journal. */
-  async #announce(marks: readonly JournalMark[] | undefined): Promise<void> {
+  /** False: marks that are not taken must not be acknowledged. The store has stopped, and whoever opens it again replays them from the journal. */
+  async #takeMarks(marks: readonly JournalMark[] | undefined): Promise<boolean> {
     try {
       if (marks !== undefined) this.onRecords?.(marks)
+      return true
     } catch (cause) {
-      await this.#stop(new CdpError('IO', `the marks of the journal were not taken: ${errorMessage(cause)}`, { cause }))
-      return
+      await this.#stop(isFull(cause) ? cause : new CdpError('IO', `the marks of the journal were not taken: ${errorMessage(cause)}`, { cause }))
+      return false
     }
+  }
+
+  #acknowledge(): void {
     try {
       this.onDurable?.(this.durableSeq, this.#state.epoch)
     } catch (error) {
@@ -371,17 +435,12 @@ export class VmStore implements AsyncDisposable {
     }
   }
 
-  async #save(state: VmState): Promise<void> {
-    await saveVmState(this.#statePath, state)
-    this.#state = state
-  }
-
   /** Nothing that waits was promised: it is forgotten, and the stream sends it again when it comes back. */
   async #stop(error: unknown): Promise<void> {
     if (this.#condition !== 'open') return
     this.#queue.clear()
     this.#admission.reset(this.#state, this.durableSeq)
-    const full = errorCode(error) === 'ENOSPC' || errorCode(error) === 'EDQUOT'
+    const full = isFull(error)
     this.#condition = full ? 'full' : 'failed'
     if (full) {
       try {
@@ -393,12 +452,19 @@ export class VmStore implements AsyncDisposable {
       }
     }
     this.#stoppedBy = toCdpError(error, 'IO')
-    this.#log.error(full ? 'no space left for the journal' : 'the journal failed', { vm: this.vm, durableSeq: this.durableSeq, error: errorMessage(error) })
+    this.#log.error(full ? 'no room for the journal' : 'the journal failed', { vm: this.vm, durableSeq: this.durableSeq, error: errorMessage(error) })
     this.onStopped?.(this.#refusal())
   }
 
   async #leaveFull(): Promise<void> {
-    if ((await freeBytes(this.directory)) < COMMIT_BYTES) throw this.#refusal()
+    if ((await freeBytes(this.directory)) < COMMIT_BYTES || this.#mayGrow?.(this.#journal.bytes) !== undefined) throw this.#refusal()
+    try {
+      // What is durable here and was not taken where the marks go is taken before it is acknowledged.
+      this.onRecords?.([])
+    } catch (error) {
+      if (isFull(error)) throw this.#refusal()
+      throw error
+    }
     this.#condition = 'open'
     this.#stoppedBy = undefined
     this.#journal.resumeSealing()

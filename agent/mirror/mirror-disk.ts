@@ -1,141 +1,29 @@
-import { constants } from 'node:fs'
-import { open } from 'node:fs/promises'
-import type { FileHandle } from 'node:fs/promises'
-import { CdpError } from '../../core/errors/index.ts'
-import { writeAll } from './write-all.ts'
+import type { DataMap } from './data-map.ts'
 
-const GRANULE_BYTES = 1024 * 1024
-const ZEROES = Buffer.alloc(GRANULE_BYTES)
+/** A mirror disk for reading. Behind its end, and where nothing was written, there are zeroes. */
+export type ReadableMirror = AsyncDisposable & {
+  /** Fills `target` with what stands at `offsetBytes`. Whole sectors. @throws CdpError or Node's error; nothing is made up */
+  read(offsetBytes: number, target: Buffer): Promise<void>
+  /** Where data may be, as of now. */
+  dataMap(signal?: AbortSignal): Promise<DataMap>
+}
 
 /**
- * One mirror disk: a sparse raw file of the disk's size. Reads behind its end and in its holes are zeroes.
- *
- * Zeroing: Node has no way to punch a hole. A range that reads as zeroes already (a hole is read at memory speed) is left
- * alone, so a hole stays one; anything else is overwritten with zeroes, which keeps its blocks allocated. A file that had no
- * blocks when it was opened is known by granules of 1 MiB, so that what was never written is not even read.
+ * A mirror disk for writing. One caller; ranges are whole sectors. Nothing is durable before `datasync`, and after any error but BAD_INPUT
+ * nothing that was written since the last one counts: dispose, open again, apply again.
  */
-export class MirrorDisk implements AsyncDisposable {
-  readonly path: string
-  readonly #handle: FileHandle
-  #sizeBytes: number
-  /** One bit a granule: may hold data. Undefined: everything may. */
-  readonly #touched: Uint8Array | undefined
-  #dirty = false
-  #closed = false
-
-  private constructor(path: string, handle: FileHandle, sizeBytes: number, touched: Uint8Array | undefined) {
-    this.path = path
-    this.#handle = handle
-    this.#sizeBytes = sizeBytes
-    this.#touched = touched
-  }
-
-  /**
-   * Opens the file, creates it if need be, and lets it grow to `sizeBytes`. It never shrinks.
-   * The caller makes the name durable (fsync of the directory).
-   */
-  static async open(path: string, sizeBytes: number): Promise<MirrorDisk> {
-    const handle = await open(path, constants.O_RDWR | constants.O_CREAT, 0o640)
-    try {
-      const stat = await handle.stat()
-      if (stat.size < sizeBytes) await handle.truncate(sizeBytes)
-      const touched = stat.blocks === 0 ? new Uint8Array(Math.ceil(sizeBytes / GRANULE_BYTES / 8)) : undefined
-      return new MirrorDisk(path, handle, Math.max(stat.size, sizeBytes), touched)
-    } catch (error) {
-      await handle.close()
-      throw error
-    }
-  }
-
-  get sizeBytes(): number {
-    return this.#sizeBytes
-  }
-
+export type MirrorDisk = AsyncDisposable & {
+  readonly sizeBytes: number
   /** Something was written since the last `datasync`. */
-  get dirty(): boolean {
-    return this.#dirty
-  }
-
-  /** Writes all of `buffers`, one after the other, at `offsetBytes`. */
-  async write(offsetBytes: number, buffers: Buffer[], lengthBytes: number): Promise<void> {
-    this.#check(offsetBytes, lengthBytes)
-    this.#touch(offsetBytes, lengthBytes)
-    this.#dirty = true
-    await writeAll(this.#handle, buffers, lengthBytes, offsetBytes)
-  }
-
-  /** Afterwards the range reads as zeroes. */
-  async zero(offsetBytes: number, lengthBytes: number): Promise<void> {
-    this.#check(offsetBytes, lengthBytes)
-    const scratch = Buffer.allocUnsafe(Math.min(GRANULE_BYTES, lengthBytes))
-    const endBytes = offsetBytes + lengthBytes
-    let at = offsetBytes
-    while (at < endBytes) {
-      const next = Math.min(endBytes, (Math.floor(at / GRANULE_BYTES) + 1) * GRANULE_BYTES)
-      if (this.#mayHoldData(at)) await this.#zeroPiece(at, next - at, scratch)
-      at = next
-    }
-  }
-
-  /** Reads `target.length` bytes at `offsetBytes`; zeroes behind the end of the file. */
-  async read(offsetBytes: number, target: Buffer): Promise<void> {
-    let done = 0
-    while (done < target.length) {
-      const { bytesRead } = await this.#handle.read(target, done, target.length - done, offsetBytes + done)
-      if (bytesRead === 0) {
-        target.fill(0, done)
-        return
-      }
-      done += bytesRead
-    }
-  }
-
-  /** Lets the disk grow; what is new reads as zeroes. (Behind the map of granules everything counts as written.) */
-  async grow(sizeBytes: number): Promise<void> {
-    if (sizeBytes <= this.#sizeBytes) return
-    await this.#handle.truncate(sizeBytes)
-    this.#sizeBytes = sizeBytes
-    this.#dirty = true
-  }
-
-  /** A failed one must not be repeated on this file: close, open, apply again. */
-  async datasync(): Promise<void> {
-    if (!this.#dirty) return
-    await this.#handle.datasync()
-    this.#dirty = false
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    if (this.#closed) return
-    this.#closed = true
-    await this.#handle.close()
-  }
-
-  async #zeroPiece(offsetBytes: number, lengthBytes: number, scratch: Buffer): Promise<void> {
-    const piece = scratch.subarray(0, lengthBytes)
-    await this.read(offsetBytes, piece)
-    const zeroes = ZEROES.subarray(0, lengthBytes)
-    if (piece.equals(zeroes)) return
-    await this.write(offsetBytes, [zeroes], lengthBytes)
-  }
-
-  #check(offsetBytes: number, lengthBytes: number): void {
-    if (offsetBytes < 0 || lengthBytes < 0 || offsetBytes + lengthBytes > this.#sizeBytes) {
-      throw new CdpError('BAD_INPUT', 'access outside a mirror disk', { context: { offsetBytes, lengthBytes, sizeBytes: this.#sizeBytes } })
-    }
-  }
-
-  #touch(offsetBytes: number, lengthBytes: number): void {
-    const touched = this.#touched
-    if (touched === undefined || lengthBytes === 0) return
-    const last = Math.floor((offsetBytes + lengthBytes - 1) / GRANULE_BYTES)
-    for (let granule = Math.floor(offsetBytes / GRANULE_BYTES); granule <= last; granule++) touched[granule >>> 3] |= 1 << (granule & 7)
-  }
-
-  #mayHoldData(offsetBytes: number): boolean {
-    const touched = this.#touched
-    if (touched === undefined) return true
-    const granule = Math.floor(offsetBytes / GRANULE_BYTES)
-    return granule >>> 3 >= touched.length || (touched[granule >>> 3] & (1 << (granule & 7))) !== 0
-  }
+  readonly dirty: boolean
+  /** So many writes may be under way at once, if they do not overlap. */
+  readonly lanes: number
+  /** Writes all of `buffers`, one after the other; they may be reused once it resolves. @throws CdpError BAD_INPUT outside the disk, IO with context.condition 'full' */
+  write(offsetBytes: number, buffers: Buffer[], lengthBytes: number): Promise<void>
+  /** Afterwards the range reads as zeroes; storage that can takes the space back. `rewrite`: also what reads so already is written, because it may not be on the disk. */
+  zero(offsetBytes: number, lengthBytes: number, how?: { rewrite?: boolean }): Promise<void>
+  read(offsetBytes: number, target: Buffer): Promise<void>
+  /** Lets the disk grow; it never shrinks, and what is new reads as zeroes. @throws CdpError CONFLICT if the storage below is too small */
+  grow(sizeBytes: number): Promise<void>
+  datasync(): Promise<void>
 }

@@ -1,11 +1,11 @@
-import { mkdir } from 'node:fs/promises'
-import { join } from 'node:path'
 import { CdpError } from '../../core/errors/index.ts'
 import { decodeFramePayload, RecordKind } from '../../core/record/index.ts'
 import type { DiskEntry, Frame } from '../../core/record/index.ts'
-import { MirrorDisk } from './mirror-disk.ts'
+import type { MirrorDisk } from './mirror-disk.ts'
+import type { MirrorStorage } from './mirror-storage.ts'
 
-export const mirrorFileName = (disk: number): string => `${disk}.raw`
+/** The disk that a file of the mirror belongs to; undefined for another file. */
+export const diskOfMirrorFile = (name: string): number | undefined => (/^[0-9]{1,5}\.raw$/.test(name) ? Number.parseInt(name, 10) : undefined)
 
 /** The mirror disks of one VM, open for writing. Records are applied in order; one caller at a time. */
 export class MirrorSet implements AsyncDisposable {
@@ -16,11 +16,10 @@ export class MirrorSet implements AsyncDisposable {
   }
 
   /** Opens, and creates where missing, the mirror of every disk. The caller makes the names durable. */
-  static async open(directory: string, disks: readonly DiskEntry[]): Promise<MirrorSet> {
-    await mkdir(directory, { recursive: true })
+  static async open(storage: MirrorStorage, disks: readonly DiskEntry[]): Promise<MirrorSet> {
     await using opened = new AsyncDisposableStack()
     const map = new Map<number, MirrorDisk>()
-    for (const { disk, sizeBytes } of disks) map.set(disk, opened.use(await MirrorDisk.open(join(directory, mirrorFileName(disk)), sizeBytes)))
+    for (const one of disks) map.set(one.disk, opened.use(await storage.open(one)))
     opened.move()
     return new MirrorSet(map)
   }

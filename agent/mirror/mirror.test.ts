@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals'
 import { FrameBuilder, parseFrame, RecordKind } from '../../core/record/index.ts'
 import type { Frame } from '../../core/record/index.ts'
-import { MirrorDisk, MirrorSet, mirrorFileName, writeAll } from './index.ts'
+import { FileMirror, MirrorSet, MirrorStorage, mirrorFileName } from './index.ts'
 
 const MIB = 1024 * 1024
 let directory = ''
@@ -13,16 +13,16 @@ beforeEach(async () => {
 })
 afterEach(() => rm(directory, { recursive: true, force: true }))
 
-const contents = async (disk: MirrorDisk, offsetBytes = 0, lengthBytes = disk.sizeBytes): Promise<Buffer> => {
+const contents = async (disk: { sizeBytes: number; read(offsetBytes: number, target: Buffer): Promise<void> }, offsetBytes = 0, lengthBytes = disk.sizeBytes): Promise<Buffer> => {
   const target = Buffer.alloc(lengthBytes, 0xee)
   await disk.read(offsetBytes, target)
   return target
 }
 
-describe('MirrorDisk', () => {
+describe('FileMirror', () => {
   test.each(['while it is open', 'after it was opened again'])('what was written and then zeroed reads as zeroes (%s)', async (when) => {
     const path = join(directory, 'disk')
-    let disk = await MirrorDisk.open(path, 8 * MIB)
+    let disk = await FileMirror.open(path, 8 * MIB)
     const model = Buffer.alloc(8 * MIB)
     await disk.write(MIB - 4096, [Buffer.alloc(8192, 1), Buffer.alloc(4096, 2)], 12_288)
     model.fill(1, MIB - 4096, MIB + 4096).fill(2, MIB + 4096, MIB + 8192)
@@ -31,7 +31,7 @@ describe('MirrorDisk', () => {
     if (when !== 'while it is open') {
       await disk.datasync()
       await disk[Symbol.asyncDispose]()
-      disk = await MirrorDisk.open(path, 8 * MIB)
+      disk = await FileMirror.open(path, 8 * MIB)
     }
     for (const [offsetBytes, lengthBytes] of [[MIB - 512, 1024], [5 * MIB + 512, MIB + 1024], [0, 512], [7 * MIB - 512, MIB + 512]]) {
       await disk.zero(offsetBytes, lengthBytes)
@@ -43,7 +43,7 @@ describe('MirrorDisk', () => {
   })
 
   test('zeroing what was never written keeps the file sparse and clean, also in a huge disk', async () => {
-    await using disk = await MirrorDisk.open(join(directory, 'disk'), 1024 ** 4)
+    await using disk = await FileMirror.open(join(directory, 'disk'), 1024 ** 4)
     await disk.zero(0, 1024 ** 4)
     expect(disk.dirty).toBe(false)
     await disk.write(512 * MIB, [Buffer.alloc(512, 9)], 512)
@@ -56,7 +56,7 @@ describe('MirrorDisk', () => {
   })
 
   test('reading behind the end gives zeroes, writing there is refused until the disk has grown', async () => {
-    await using disk = await MirrorDisk.open(join(directory, 'disk'), 4096)
+    await using disk = await FileMirror.open(join(directory, 'disk'), 4096)
     await disk.write(0, [Buffer.alloc(4096, 5)], 4096)
     const read = await contents(disk, 2048, 4096)
     expect(read.subarray(0, 2048).equals(Buffer.alloc(2048, 5)) && read.subarray(2048).equals(Buffer.alloc(2048))).toBe(true)
@@ -71,20 +71,6 @@ describe('MirrorDisk', () => {
   })
 })
 
-test('a short write goes on where it ended', async () => {
-  const written: { text: string; offset: number }[] = []
-  const handle = {
-    writev: async (buffers: Buffer[], offset: number) => {
-      const text = Buffer.concat(buffers).toString().slice(0, 3)
-      written.push({ text, offset })
-      return { bytesWritten: text.length, buffers }
-    },
-  }
-  await writeAll(handle as unknown as Parameters<typeof writeAll>[0], [Buffer.from('ab'), Buffer.from('cdef'), Buffer.from('gh')], 8, 100)
-  expect(written).toEqual([{ text: 'abc', offset: 100 }, { text: 'def', offset: 103 }, { text: 'gh', offset: 106 }])
-  await expect(writeAll({ writev: async () => ({ bytesWritten: 0 }) } as unknown as Parameters<typeof writeAll>[0], [Buffer.from('a')], 1, 0)).rejects.toMatchObject({ code: 'IO' })
-})
-
 const frameOf = (fill: (builder: FrameBuilder) => void): Frame => {
   const builder = new FrameBuilder(Buffer.alloc(MIB))
   fill(builder)
@@ -97,7 +83,7 @@ const addWrite = (builder: FrameBuilder, disk: number, offsetBytes: number, leng
 }
 
 test('a frame is applied in order, over several disks, and may be applied twice', async () => {
-  await using mirrors = await MirrorSet.open(directory, [{ disk: 0, key: 'a', sizeBytes: 65_536 }, { disk: 3, key: 'b', sizeBytes: 65_536 }])
+  await using mirrors = await MirrorSet.open(new MirrorStorage({ vmDirectory: directory }), [{ disk: 0, key: 'a', sizeBytes: 65_536 }, { disk: 3, key: 'b', sizeBytes: 65_536 }])
   const frame = frameOf((builder) => {
     addWrite(builder, 0, 0, 4096, 1)
     addWrite(builder, 0, 4096, 4096, 2)
@@ -115,6 +101,6 @@ test('a frame is applied in order, over several disks, and may be applied twice'
     expect((await contents(mirrors.disk(0))).equals(expected)).toBe(true)
     expect((await contents(mirrors.disk(3), 126_976, 4096)).equals(Buffer.alloc(4096, 5))).toBe(true)
   }
-  expect((await stat(join(directory, mirrorFileName(3)))).size).toBe(131_072)
+  expect((await stat(join(directory, 'mirror', mirrorFileName(3)))).size).toBe(131_072)
   expect(() => mirrors.disk(1)).toThrow(expect.objectContaining({ code: 'NOT_FOUND' }))
 })

@@ -11,4 +11,6 @@ export const readBaseState = async (vmDirectory: string): Promise<VmState> => {
   return state
 }
 
-export const mirrorPath = (vmDirectory: string, disk: number): string => join(vmDirectory, 'mirror', `${disk}.raw`)
+/** The record is below what the mirror holds, or is being brought to. */
+export const leftHistory = (vm: string, seq: number, recoverableFromSeq: number): CdpError =>
+  new CdpError('NOT_FOUND', `sequence ${seq} of ${vm} has left the history`, { hint: 'choose a later checkpoint', context: { seq, recoverableFromSeq } })

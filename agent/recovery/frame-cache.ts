@@ -35,6 +35,7 @@ export class FrameCache {
   readonly #sums = new Map<number, PayloadSums>()
   #sumsBytes = 0
   readonly #fileIds = new Map<string, number>()
+  #nextFileId = 0
   #bytes = 0
   /** How much is read at first: frames of one journal are often alike. */
   #guessBytes = 64 * 1024
@@ -59,10 +60,15 @@ export class FrameCache {
   fileId(path: string): number {
     let id = this.#fileIds.get(path)
     if (id === undefined) {
-      id = this.#fileIds.size
+      id = this.#nextFileId++
       this.#fileIds.set(path, id)
     }
     return id
+  }
+
+  /** The files below a directory are gone: others that come under their names get numbers of their own. */
+  forgetUnder(directory: string): void {
+    for (const path of this.#fileIds.keys()) if (path.startsWith(`${directory}/`)) this.#fileIds.delete(path)
   }
 
   key(fileId: number, frameOffset: number): number {

@@ -127,6 +127,17 @@ export class PointServer {
     return true
   }
 
+  /** A segment's file was removed: nothing keeps its blocks any longer. */
+  forget(path: string): Promise<void> {
+    return this.#resources.files.forget(path)
+  }
+
+  /** A VM's replica goes, and no point of it is open: another one may come in its directory. */
+  async forgetVm(vmDirectory: string): Promise<void> {
+    this.#resources.frames.forgetUnder(vmDirectory)
+    await this.#resources.files.forgetUnder(vmDirectory)
+  }
+
   list(): OpenedPoint[] {
     return [...this.#entries.values()].map((entry) => this.#describe(entry))
   }

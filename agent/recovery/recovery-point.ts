@@ -2,10 +2,12 @@ import { CdpError, errorCode, toCdpError } from '../../core/errors/index.ts'
 import type { DiskEntry } from '../../core/record/index.ts'
 import { SECTOR_BYTES } from '../../core/record/index.ts'
 import { IndexView } from '../index/index.ts'
+import { readDamageFile, recoverableFrom } from '../journal/index.ts'
+import type { MirrorDamage } from '../journal/index.ts'
 import type { FilePool, IndexDamage, PageCache, Piece } from '../index/index.ts'
-import { mirrorPath, readBaseState } from './base-state.ts'
-import { mapData, splitByMap } from './data-map.ts'
-import type { DataMap } from './data-map.ts'
+import { openReadableMirror, splitByMap } from '../mirror/index.ts'
+import type { DataMap, ReadableMirror } from '../mirror/index.ts'
+import { leftHistory, readBaseState } from './base-state.ts'
 import type { FrameCache, FramePlace } from './frame-cache.ts'
 import type { ReadGate } from './read-gate.ts'
 
@@ -49,13 +51,16 @@ export class RecoveryPoint {
   readonly disks: readonly DiskEntry[]
   readonly #options: RecoveryPointOptions
   readonly #view: IndexView
+  #damagedBase: readonly MirrorDamage[]
   readonly #fileIds = new Map<number, number>()
+  readonly #mirrors = new Map<number, Promise<ReadableMirror>>()
   readonly #maps = new Map<number, { floorSegment: number; map: Promise<DataMap> }>()
   readonly #lastEnds = new Map<number, number>()
   readonly #prefetching = new Set<number>()
   readonly #ending = new AbortController()
 
-  private constructor(options: RecoveryPointOptions, vm: string, disks: readonly DiskEntry[], view: IndexView) {
+  private constructor(options: RecoveryPointOptions, vm: string, disks: readonly DiskEntry[], view: IndexView, damagedBase: readonly MirrorDamage[]) {
+    this.#damagedBase = damagedBase
     this.#options = options
     this.vm = vm
     this.seq = options.seq
@@ -70,16 +75,15 @@ export class RecoveryPoint {
   static async open(options: RecoveryPointOptions): Promise<RecoveryPoint> {
     const base = await readBaseState(options.vmDirectory)
     if (!base.baseComplete) throw new CdpError('CONFLICT', `the initial sync of ${base.vm} has not ended yet`, { retry: true, hint: 'wait for its first checkpoint' })
-    if (options.seq < base.baseSeq) {
-      throw new CdpError('NOT_FOUND', `sequence ${options.seq} of ${base.vm} has left the history`, { hint: 'choose a later checkpoint', context: { baseSeq: base.baseSeq } })
-    }
+    if (options.seq < recoverableFrom(base)) throw leftHistory(base.vm, options.seq, recoverableFrom(base))
     const { vmDirectory, seq, files, pages: cache, onIndexDamage: onDamage } = options
     const view = await IndexView.open({ vmDirectory, seq, files, cache, onDamage }).catch((error: unknown) => {
       if (errorCode(error) === 'JOURNAL_DAMAGED') options.onJournalDamage?.(toCdpError(error))
       throw error
     })
     if (!view.hasJournal && base.baseSeq < seq) throw new CdpError('NOT_FOUND', `the journal of ${base.vm} does not hold sequence ${seq}`)
-    return new RecoveryPoint(options, base.vm, options.disks ?? base.disks, view)
+    const { mirror } = await readDamageFile(vmDirectory)
+    return new RecoveryPoint(options, base.vm, options.disks ?? base.disks, view, mirror)
   }
 
   /**
@@ -126,6 +130,9 @@ export class RecoveryPoint {
   async [Symbol.asyncDispose](): Promise<void> {
     this.#ending.abort()
     this.#maps.clear()
+    const mirrors = [...this.#mirrors.values()]
+    this.#mirrors.clear()
+    for (const opened of await Promise.allSettled(mirrors)) if (opened.status === 'fulfilled') await opened.value[Symbol.asyncDispose]()
   }
 
   #check(disk: number, offsetBytes: number, lengthBytes: number): void {
@@ -150,7 +157,18 @@ export class RecoveryPoint {
     }
   }
 
+  /** What the mirror holds of a piece is known to be damaged; the list is read again first, since the piece may be whole by now. */
+  async #mustBeWhole(disk: number, pieces: readonly Piece[]): Promise<void> {
+    const hits = (): boolean =>
+      pieces.some((piece) => (piece.from === 'base' || piece.from === 'promoted') && this.#damagedBase.some((one) =>
+        one.disk === disk && one.offsetBytes < piece.offsetBytes + piece.lengthBytes && piece.offsetBytes < one.offsetBytes + one.lengthBytes))
+    if (!hits()) return
+    this.#damagedBase = (await readDamageFile(this.#options.vmDirectory)).mirror
+    if (hits()) throw new CdpError('JOURNAL_DAMAGED', 'a part of the mirror is damaged', { hint: 'See "pvecdp scrub show"; a sync writes it again.', context: { disk } })
+  }
+
   async #assemble(disk: number, pieces: readonly Piece[]): Promise<Uint8Array[]> {
+    if (this.#damagedBase.length > 0) await this.#mustBeWhole(disk, pieces)
     if (pieces.length > FEW_PIECES) return [await this.#assembleOne(disk, pieces)]
     const parts: Uint8Array[][] = pieces.map(() => [])
     await allAtOnce(pieces.map((piece, at) => async () => {
@@ -192,8 +210,17 @@ export class RecoveryPoint {
   }
 
   async #readBase(disk: number, offsetBytes: number, buffer: Buffer): Promise<Buffer> {
-    const bytes = await this.#options.files.read(mirrorPath(this.#options.vmDirectory, disk), buffer, offsetBytes)
-    return bytes < buffer.length ? buffer.fill(0, bytes) : buffer
+    await (await this.#mirror(disk)).read(offsetBytes, buffer)
+    return buffer
+  }
+
+  #mirror(disk: number): Promise<ReadableMirror> {
+    let mirror = this.#mirrors.get(disk)
+    if (mirror === undefined) {
+      mirror = openReadableMirror(this.#options.vmDirectory, disk, this.#options.files)
+      this.#mirrors.set(disk, mirror)
+    }
+    return mirror
   }
 
   /** Loads the frames behind a sequential read, so that the next one finds them. */
@@ -243,7 +270,7 @@ export class RecoveryPoint {
     const { floorSegment } = this.#view
     let known = this.#maps.get(disk)
     if (known?.floorSegment !== floorSegment) {
-      known = { floorSegment, map: mapData(mirrorPath(this.#options.vmDirectory, disk), this.#ending.signal) }
+      known = { floorSegment, map: this.#mirror(disk).then((mirror) => mirror.dataMap(this.#ending.signal)) }
       this.#maps.set(disk, known)
     }
     return known.map

@@ -7,8 +7,10 @@ export const nullAgent = (): Duplex => {
   let epoch = 1
   const parser = new MessageParser((type, body) => {
     if (type === MessageType.hello) {
-      epoch = Math.max(1, readHello(body).epoch)
-      stream.push(welcomeMessage({ epoch, durableSeq: 0, baseComplete: true, syncProgress: {}, disks: [] }))
+      const hello = readHello(body)
+      epoch = Math.max(1, hello.epoch)
+      const { generation } = hello
+      stream.push(welcomeMessage({ epoch, generation, durableSeq: 0, baseComplete: true, syncProgress: {}, disks: [] }))
     }
   })
   const stream: Duplex = new Duplex({

@@ -3,10 +3,11 @@ import { once } from 'node:events'
 import { CdpError } from '../../core/errors/index.ts'
 import type { CaptureStats, CaptureWorker } from '../../plugin/capture/index.ts'
 import type { CheckpointSamples, FromPlugin, PluginRequest, StartCapture } from './plugin-messages.ts'
-import { BASE_EXPORT } from './source-disk.ts'
+import { BASE_EXPORT, DIRTY_EXPORT } from './source-disk.ts'
+import type { Dirty } from './source-disk.ts'
 
 /** What capture of a VM told by itself. */
-export type CaptureNews = { letGo: string[]; peakBytes: number; stats: CaptureStats | undefined }
+export type CaptureNews = { letGo: string[]; peakBytes: number; /** By the last sync, so far. */ sentBytes: number; stats: CaptureStats | undefined }
 
 export type CaptureOptions = Omit<StartCapture, 'vpg'>
 
@@ -46,7 +47,7 @@ export class PluginSide implements AsyncDisposable {
   /** A capture worker for a disk, listening, with its stream open. `copy`: the initial sync is left to the caller; else the disk counts as blank. */
   async capture(options: CaptureOptions, { copy = false } = {}): Promise<void> {
     const { vm } = options
-    this.#news.set(vm, { letGo: [], peakBytes: 0, stats: undefined })
+    this.#news.set(vm, { letGo: [], peakBytes: 0, sentBytes: 0, stats: undefined })
     await this.#request({ do: 'start', with: { ...options, vpg: vpgOf(vm) } })
     await this.ask(vm, 'open', { reason: 'bench', epoch: { reason: 'bench' } })
     if (!copy) await this.ask(vm, 'sync', { kind: 'initial', reason: 'bench: a blank disk', exportSocketPath: '', disks: [], rateBytesPerSec: 0 })
@@ -56,6 +57,18 @@ export class PluginSide implements AsyncDisposable {
   copy(vm: string, exportSocketPath: string, sizeBytes: number): Promise<{ lastSeq: number }> {
     const disk = { disk: 0, sizeBytes, fromBytes: 0, wholeAbove: true, exportName: BASE_EXPORT, totalBytes: sizeBytes }
     return this.ask(vm, 'sync', { kind: 'initial', reason: 'bench', exportSocketPath, disks: [disk], rateBytesPerSec: 0 })
+  }
+
+  /** A delta sync of a disk; resolves when its end is recorded. */
+  compare(vm: string, exportSocketPath: string, sizeBytes: number): Promise<{ lastSeq: number }> {
+    const disk = { disk: 0, sizeBytes, fromBytes: 0, wholeAbove: true, byHash: true, exportName: BASE_EXPORT, totalBytes: sizeBytes }
+    return this.ask(vm, 'sync', { kind: 'delta', reason: 'bench', exportSocketPath, disks: [disk], rateBytesPerSec: 0 })
+  }
+
+  /** A bitmap sync of a disk; resolves when its end is recorded. */
+  copyDirty(vm: string, exportSocketPath: string, sizeBytes: number, { dirtyBytes, bitmapContext }: Dirty): Promise<{ lastSeq: number }> {
+    const disk = { disk: 0, sizeBytes, fromBytes: 0, wholeAbove: false, bitmapContext, exportName: DIRTY_EXPORT, totalBytes: dirtyBytes }
+    return this.ask(vm, 'sync', { kind: 'bitmap', reason: 'bench', exportSocketPath, disks: [disk], rateBytesPerSec: 0 })
   }
 
   async ask<Name extends Parameters<CaptureWorker['ask']>[0]>(
@@ -115,6 +128,7 @@ export class PluginSide implements AsyncDisposable {
     const news = this.#news.get(vm)
     if (news === undefined) return
     if (event.is === 'letGo') news.letGo.push(event.why)
+    if (event.is === 'sync') news.sentBytes = event.sentBytes
     if (event.is === 'stats') {
       news.stats = event.stats
       news.peakBytes = Math.max(news.peakBytes, event.stats.peakBytes, event.stats.heldBytes)

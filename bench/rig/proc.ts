@@ -11,3 +11,6 @@ export const cpuSecondsOf = (pid: number): number => {
 
 /** The largest resident size a process has had. */
 export const peakResidentBytesOf = (pid: number): number => Number(/^VmHWM:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1] ?? 0) * 1024
+
+/** What a process has in memory, what it shares with others in part only (proc(5): Pss of smaps_rollup). */
+export const ownBytesOf = (pid: number): number => Number(/^Pss:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/smaps_rollup`, 'utf8'))?.[1] ?? 0) * 1024

@@ -12,6 +12,13 @@ export type MirrorTarget = { socketPath: string; exportName: string } | { host: 
 
 /** The read-only export that a sync reads from. */
 export const BASE_EXPORT = 'base'
+/** The same with what a dirty bitmap holds, as capture has QEMU serve it for a bitmap sync. */
+export const DIRTY_EXPORT = 'dirty'
+const BITMAP = 'dirty0'
+/** What capture takes for its bitmaps. */
+const BITMAP_GRANULARITY_BYTES = 64 * 1024
+
+export type Dirty = { dirtyBytes: number; bitmapContext: string }
 const FILL_BYTES = 16 * 1024 * 1024
 
 /**
@@ -102,6 +109,28 @@ export class SourceDisk implements AsyncDisposable {
           }
         }
         if ('tlsDirectory' in target) await qmp.execute('object-del', { id: 'tls0' })
+      })
+    }
+  }
+
+  /** Has a bitmap record what `write` writes, and calls `use` while DIRTY_EXPORT offers it. */
+  async dirtied<T>(write: () => Promise<unknown>, use: (dirty: Dirty) => Promise<T>): Promise<T> {
+    const bitmap = { node: 'disk0', name: BITMAP }
+    await withQmp(this.#qmpPath, {}, (qmp) => qmp.execute('block-dirty-bitmap-add', { ...bitmap, granularity: BITMAP_GRANULARITY_BYTES }))
+    await write()
+    const dirtyBytes = await withQmp(this.#qmpPath, {}, async (qmp) => {
+      await qmp.execute('block-dirty-bitmap-disable', bitmap)
+      await qmp.execute('block-export-add', { type: 'nbd', id: 'export2', 'node-name': 'disk0', name: DIRTY_EXPORT, writable: false, iothread: 'io0', bitmaps: [bitmap] })
+      const nodes = (await qmp.execute('query-named-block-nodes', { flat: true })) as { 'node-name': string; 'dirty-bitmaps'?: { name: string; count: number }[] }[]
+      return nodes.find((node) => node['node-name'] === 'disk0')?.['dirty-bitmaps']?.find(({ name }) => name === BITMAP)?.count ?? 0
+    })
+    try {
+      return await use({ dirtyBytes, bitmapContext: `qemu:dirty-bitmap:${BITMAP}` })
+    } finally {
+      await withQmp(this.#qmpPath, {}, async (qmp) => {
+        await qmp.execute('block-export-del', { id: 'export2', mode: 'hard' })
+        await qmp.waitForEvent(({ event }) => event === 'BLOCK_EXPORT_DELETED', { deadlineMs: 10_000 })
+        await qmp.execute('block-dirty-bitmap-remove', bitmap)
       })
     }
   }

@@ -8,7 +8,7 @@ import { formatAge, formatTime, printable } from '../format/units.ts'
 import { parseLimit, parseTag, parseTime, parseVpgName } from '../input/parse.ts'
 import { UsageError } from '../input/usage-error.ts'
 
-const stateStyles: Record<Checkpoint['state'], Style> = { proved: 'green', valid: 'green', pending: 'yellow', suspect: 'red' }
+const stateStyles: Record<Checkpoint['state'], Style> = { proved: 'green', valid: 'green', pending: 'yellow', suspect: 'red', damaged: 'red' }
 
 export const addCheckpointCommands = (program: Command, context: (command: Command) => Context): void => {
   const checkpoint = program.command('checkpoint').description('consistent moments in the history of a group')

@@ -15,9 +15,10 @@ export const addPointCommands = (program: Command, context: (command: Command) =
     .description('serve the disks as of a checkpoint')
     .argument('<vpg>')
     .argument('<checkpoint>', 'an id, latest, latest-tagged, or a time: the newest checkpoint not after it')
-    .action(async (vpg: string, checkpoint: string, _options: object, command: Command) => {
+    .option('--accept-damaged', 'also a checkpoint that needs something damaged: reading that fails, all else is whole')
+    .action(async (vpg: string, checkpoint: string, options: { acceptDamaged?: boolean }, command: Command) => {
       const { client, io, paint, print } = context(command)
-      const body = { vpg: parseVpgName(vpg), checkpoint: parseCheckpoint(checkpoint, io.nowUnixMs()) }
+      const body = { vpg: parseVpgName(vpg), checkpoint: parseCheckpoint(checkpoint, io.nowUnixMs()), ...(options.acceptDamaged === true ? { acceptDamaged: true } : {}) }
       const answer = await client('agent').call(agentApi.openPoint, { body }, { signal: io.signal })
       print(answer, () => `${pointText(answer, paint, io.nowUnixMs())}Close it with: pvecdp point close ${printable(answer.pointId)}\n`)
     })

@@ -1,4 +1,4 @@
-import type { AgentStatus, AgentVpg, PluginStatus, VmStatus, VpgStatus } from '../../core/api/index.ts'
+import type { AgentStatus, AgentVpg, Hold, PluginStatus, VmStatus, VpgStatus } from '../../core/api/index.ts'
 import { formatTable } from '../format/table.ts'
 import type { Cell, Painter, Style } from '../format/table.ts'
 import { formatAge, formatBytes, formatDuration, formatMicroseconds, formatTime, printable } from '../format/units.ts'
@@ -9,10 +9,12 @@ const stateStyles: Record<VpgStatus['state'] | VmStatus['state'], Style> = {
   initializing: 'yellow',
   attaching: 'yellow',
   syncing: 'yellow',
+  suspended: 'yellow',
   degraded: 'red',
   stopped: 'red',
   detached: 'red',
   tracking: 'red',
+  fenced: 'red',
   unknown: 'red',
 }
 export const stateCell = (state: VpgStatus['state'] | VmStatus['state']): Cell => ({ text: state, style: stateStyles[state] })
@@ -33,7 +35,8 @@ export const pluginStatusText = (status: PluginStatus, vpgs: VpgStatus[], paint:
   const peerText = [show({ text: peer.state, style: peer.state === 'connected' ? 'green' : 'red' }, paint), peer.address, peer.reason]
     .filter((part) => part !== undefined)
     .map((part, index) => (index === 0 ? part : printable(part)))
-  const head = `${paint('bold', 'Plugin')}  site ${printable(status.siteId)}, version ${printable(status.version)}\nRecovery site  ${peerText.join(', ')}\n`
+  const discards = status.discards === undefined ? '' : `Discards  ${status.discards.fate}: ${printable(status.discards.reason)}\n`
+  const head = `${paint('bold', 'Plugin')}  site ${printable(status.siteId)}, version ${printable(status.version)}\nRecovery site  ${peerText.join(', ')}\n${discards}`
   if (vpgs.length === 0) return `${head}No VPG. Make one with: pvecdp vpg create NAME --vm ID...\n`
   return head + vpgs.map((vpg) => `\n${pluginVpgText(vpg, paint, nowUnixMs)}`).join('')
 }
@@ -66,21 +69,45 @@ const pluginVpgText = (vpg: VpgStatus, paint: Painter, nowUnixMs: number): strin
     formatAge(vm.sinceUnixMs, nowUnixMs),
     String(vm.durableSeq),
     String(Math.max(0, vm.receivedSeq - vm.durableSeq)),
-    formatBytes(vm.bufferedBytes),
+    formatBytes(vm.bufferedBytes + (vm.spilledBytes ?? 0)),
     [vm.ackLatencyUs.p50, vm.ackLatencyUs.p99, vm.ackLatencyUs.max].map(formatMicroseconds).join(' / '),
     vm.disks.map((disk) => `${printable(disk.key)} ${formatBytes(disk.sizeBytes)}`).join(', '),
     printable(vm.reason),
   ])
   const syncs = vpg.vms.flatMap((vm) => (vm.sync === undefined ? [] : [`  VM ${vm.vmId}: ${syncText(vm.sync)}\n`]))
-  return `${head.join('\n')}\n${rows.length === 0 ? '' : formatTable(columns, rows, paint, '  ')}${syncs.join('')}`
+  const verifies = vpg.vms.flatMap((vm) => (vm.verify === undefined ? [] : [`  VM ${vm.vmId}: ${verifyText(vm.verify, nowUnixMs)}\n`]))
+  const rounds = vpg.vms.flatMap((vm) => (vm.rounds === undefined ? [] : [`  VM ${vm.vmId}: ${roundsText(vm.rounds, nowUnixMs)}\n`]))
+  const holds = vpg.vms.flatMap((vm) => (vm.holds ?? []).map((hold) => `  VM ${vm.vmId}: ${holdText(hold)}\n`))
+  return `${head.join('\n')}\n${rows.length === 0 ? '' : formatTable(columns, rows, paint, '  ')}${syncs.join('')}${verifies.join('')}${rounds.join('')}${holds.join('')}`
 }
+
+/** "12 rounds under the backup, the newest 2026-11-23T07:10:00+01:00 (8 s ago)". */
+export const roundsText = ({ count, lastUnixMs }: NonNullable<VmStatus['rounds']>, nowUnixMs: number): string =>
+  lastUnixMs === undefined ? 'the first round under the backup is under way' : `${count} round${count === 1 ? '' : 's'} under the backup, the newest ${moment(lastUnixMs, nowUnixMs)}`
+
+/** "held suspended by qm (resize) until 2026-11-23T07:10:00+01:00". */
+export const holdText = ({ owner, reason, untilUnixMs }: Hold): string => `held suspended by ${printable(owner)} (${printable(reason)}) until ${formatTime(untilUnixMs)}`
 
 /** "initial sync, 12 GiB of 32 GiB (38 %), 120 MiB/s, about 2 min 50 s left". */
 export const syncText = (sync: NonNullable<VmStatus['sync']>): string => {
   const percent = sync.totalBytes === 0 ? 100 : Math.floor((100 * sync.doneBytes) / sync.totalBytes)
   const left = sync.secondsLeft === null ? 'time left unknown' : `about ${formatDuration(sync.secondsLeft * 1000)} left`
   const done = `${formatBytes(sync.doneBytes)} of ${formatBytes(sync.totalBytes)} (${percent} %)`
-  return `${printable(sync.kind)} sync, ${done}, ${formatBytes(sync.rateBytesPerSec)}/s, ${left}`
+  const sent = sync.sentBytes === undefined ? '' : `, ${formatBytes(sync.sentBytes)} sent`
+  return `${printable(sync.kind)} sync, ${done}${sent}, ${formatBytes(sync.rateBytesPerSec)}/s, ${left}`
+}
+
+/** "verified 2 d ago, no difference", "verify found 64 KiB that differ, 5 min ago". */
+export const verifyText = ({ running, last }: NonNullable<VmStatus['verify']>, nowUnixMs: number): string => {
+  const parts: string[] = []
+  if (running !== undefined) parts.push(`verify runs, ${formatBytes(running.comparedBytes)} of ${formatBytes(running.totalBytes)} read`)
+  if (last !== undefined) {
+    const found = last.differingBytes === 0 ? 'no difference' : `${formatBytes(last.differingBytes)} differed`
+    const undecided = last.undecidedBytes === 0 ? '' : `, ${formatBytes(last.undecidedBytes)} undecided`
+    const ever = last.foundEver === 0 ? '' : `; ${last.foundEver} found a difference so far`
+    parts.push(`verified ${moment(last.atUnixMs, nowUnixMs)}: ${found}${undecided}${ever}`)
+  }
+  return parts.join('; ')
 }
 
 export const agentStatusText = (status: AgentStatus, vpgs: AgentVpg[], paint: Painter, nowUnixMs: number): string => {

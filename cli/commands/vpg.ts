@@ -1,3 +1,4 @@
+import { Option } from 'commander'
 import type { Command } from 'commander'
 import { pluginApi } from '../../core/api/index.ts'
 import type { VpgStatus } from '../../core/api/index.ts'
@@ -17,10 +18,11 @@ export const addVpgCommands = (program: Command, context: (command: Command) => 
     .argument('<name>')
     .option('--vm <id...>', 'the VMs')
     .option('--checkpoint-every <duration>', 'time between checkpoints', '5s')
-    .action(async (name: string, options: { vm?: string[]; checkpointEvery: string }, command: Command) => {
+    .addOption(new Option('--priority <priority>', 'whose data go first over a limited line').choices(['low', 'normal', 'high'] as const).default('normal' as const))
+    .action(async (name: string, options: { vm?: string[]; checkpointEvery: string; priority: 'low' | 'normal' | 'high' }, command: Command) => {
       const { client, io, print } = context(command)
       if (options.vm === undefined) throw new UsageError('a VPG needs at least one VM', `For example: pvecdp vpg create ${name} --vm 101 102`)
-      const body = { name: parseVpgName(name), vmIds: parseVmIds(options.vm), checkpointEveryMs: parseCheckpointInterval(options.checkpointEvery) }
+      const body = { name: parseVpgName(name), vmIds: parseVmIds(options.vm), checkpointEveryMs: parseCheckpointInterval(options.checkpointEvery), priority: options.priority }
       const answer = await client('plugin').call(pluginApi.createVpg, { body }, { deadlineMs: 60_000, signal: io.signal })
       print(
         answer,

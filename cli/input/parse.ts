@@ -18,6 +18,24 @@ export const parseCheckpointInterval = (text: string): number => {
   return ms
 }
 
+export const parseHoldTime = (text: string): number => {
+  const ms = parseDuration(text)
+  if (ms < 1000 || ms > 86_400_000) throw new UsageError(`capture cannot be suspended for ${text}`, 'Choose between 1s and 1d; 10m is the default.')
+  return ms
+}
+
+export const parseOwner = (text: string): string => {
+  if (!/^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,127}$/.test(text))
+    throw new UsageError(`"${text}" cannot be an owner`, 'Use up to 128 letters, digits and ._:@/-, beginning with a letter or digit.')
+  return text
+}
+
+export const parseReason = (text: string): string => {
+  const reason = text.trim()
+  if (reason === '' || reason.length > 200 || /\p{Cc}/u.test(reason)) throw new UsageError('a reason has 1 to 200 characters on one line', 'For example: --reason "resize of scsi0"')
+  return reason
+}
+
 export const parseVmIds = (texts: string[]): number[] => {
   const ids = texts
     .flatMap((text) => text.split(','))

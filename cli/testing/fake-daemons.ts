@@ -2,7 +2,7 @@
 import { mkdtemp, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { agentApi, createApi, EventLog, implement, pluginApi } from '../../core/api/index.ts'
-import type { AgentStatus, PluginStatus, RecoveryPoint, VpgStatus } from '../../core/api/index.ts'
+import type { AgentStatus, PluginStatus, RecoveryPoint, Retention, Scrub, VpgStatus } from '../../core/api/index.ts'
 import { CdpError } from '../../core/errors/index.ts'
 import { silentLogger } from '../../core/log/index.ts'
 import { formatToken } from '../../core/pairing/index.ts'
@@ -84,6 +84,37 @@ export const point: RecoveryPoint = {
   disks: [{ vmId: 101, key: 'scsi0', sizeBytes: 2 ** 35, uri: 'nbd+unix:///p-1-101-scsi0?socket=/run/pve-cdp/points.sock' }],
 }
 
+export const retention: Retention = {
+  vpg: 'web',
+  siteId: 'site-p',
+  policy: { historyMs: 86_400_000, thinning: [], journalLimitBytes: 32 * 2 ** 30, warnBytes: 24 * 2 ** 30, hardStopBytes: 48 * 2 ** 30, promotionBytesPerSec: 2 ** 27, syncOverflow: 'grow' },
+  from: { id: '2', atUnixMs: nowUnixMs - 36_000_000 },
+  to: { id: '41', atUnixMs: nowUnixMs - 3200 },
+  checkpoints: 7200,
+  lengthMs: 36_000_000,
+  limitedBy: 'pin',
+  pins: [{ vmId: 101, reason: 'recovery point p-1', sinceUnixMs: nowUnixMs - 60_000, atSeq: 812 }],
+  vms: [{ vmId: 101, journalBytes: 33 * 2 ** 30, baseSeq: 800, durableSeq: 90_000, condition: 'open' }],
+  promotion: { vmId: 101, checkpointId: '3', toUnixMs: nowUnixMs - 35_000_000, doneBytes: 2 ** 20, totalBytes: 2 ** 21 },
+  space: { freeBytes: 2 ** 36, totalBytes: 2 ** 40, reserveBytes: 30_000_000_000 },
+  alarms: [{ id: 'retention.over-limit', level: 'error', message: 'the journal of VM 101 is above its limit; a pin holds it', vmId: 101, sinceUnixMs: nowUnixMs - 50_000 }],
+}
+
+export const scrub: Scrub = {
+  everyMs: 604_800_000,
+  rateBytesPerSec: 16 * 2 ** 20,
+  vms: [
+    {
+      vmId: 101, siteId: 'site-p', isHopeless: false,
+      running: { startedAtUnixMs: nowUnixMs - 60_000, readBytes: 2 ** 30, totalBytes: 5 * 2 ** 30 },
+      last: { startedAtUnixMs: nowUnixMs - 700_000_000, endedAtUnixMs: nowUnixMs - 600_000_000, readBytes: 2 ** 32, damagedFound: 0 },
+      damage: [{ what: 'records 12 to 14: frame body does not match its checksum', foundAtUnixMs: nowUnixMs - 50_000, healed: true }, { what: 'scsi0 at 65536 (65536 bytes of the mirror): \x1b[2J', foundAtUnixMs: nowUnixMs - 40_000, healed: false }],
+      checkpoints: { vpg: 'web', count: 3, oldest: { id: '7', atUnixMs: nowUnixMs - 90_000 }, newest: { id: '9', atUnixMs: nowUnixMs - 80_000 } },
+    },
+    { vmId: 102, siteId: 'site-p', isHopeless: true, damage: [] },
+  ],
+}
+
 export type FakeDaemons = {
   pluginSocket: string
   agentSocket: string
@@ -131,10 +162,30 @@ export const startFakeDaemons = async (): Promise<FakeDaemons> => {
         note('deleteVpg', request)
         return {}
       },
+      forceSync: async (request) => {
+        known(request.params.name)
+        note('forceSync', request)
+        return { vmIds: request.body.vmId === undefined ? [101, 102] : [request.body.vmId] }
+      },
+      verify: async (request) => {
+        known(request.params.name)
+        note('verify', request)
+        return { vmIds: request.body.vmId === undefined ? [101, 102] : [request.body.vmId] }
+      },
       tagCheckpoint: async (request) => {
         known(request.params.name)
         note('tagCheckpoint', request)
         return { checkpointId: '42', atUnixMs: nowUnixMs, state: 'pending' as const }
+      },
+      suspendVm: async (request) => {
+        note('suspendVm', request)
+        if (request.params.vmId !== '101') throw new CdpError('CONFLICT', 'a backup runs on it', { hint: 'Wait until that operation has ended.' })
+        const { owner, reason, forMs } = request.body
+        return { vmId: 101, state: 'suspended', reason: `held by ${owner}: ${reason}`, holds: [{ owner, reason, sinceUnixMs: nowUnixMs, untilUnixMs: nowUnixMs + forMs }] }
+      },
+      resumeVm: async (request) => {
+        note('resumeVm', request)
+        return { vmId: 101, state: 'attaching', reason: 'suspended, held by qm: resize', holds: [], held: request.body.owner === 'qm' }
       },
     }),
   })
@@ -157,6 +208,27 @@ export const startFakeDaemons = async (): Promise<FakeDaemons> => {
             { id: '40', atUnixMs: nowUnixMs - 8200, kind: 'automatic' as const, state: 'suspect' as const },
           ],
         }
+      },
+      showRetention: async (request) => {
+        known(request.params.name)
+        return retention
+      },
+      setRetention: async (request) => {
+        known(request.params.name)
+        note('setRetention', request)
+        return { ...retention, policy: { ...retention.policy, syncOverflow: request.body.syncOverflow } }
+      },
+      listReplicas: async () => ({ replicas: [{ siteId: 'site-p', vmId: 103, state: 'left' as const, journalBytes: 2 ** 30, mirrorBytes: 2 ** 33, checkpoints: 4, readers: ['recovery point p-1'] }] }),
+      deleteReplica: async (request) => {
+        note('deleteReplica', request)
+        if (request.body.confirm !== String(request.body.vmId)) throw new CdpError('BAD_INPUT', 'not the VM that is to be deleted', { hint: 'Confirm with its id.' })
+        return { siteId: 'site-p', checkpoints: request.body.withCheckpoints === true ? 4 : 0 }
+      },
+      showScrub: async () => scrub,
+      startScrub: async (request) => {
+        note('startScrub', request)
+        if (request.body.vmId === 999) throw new CdpError('NOT_FOUND', 'there is no replica of VM 999 here')
+        return { vmIds: request.body.vmId === undefined ? [101, 102] : [request.body.vmId] }
       },
       openPoint: async (request) => {
         known(request.body.vpg)

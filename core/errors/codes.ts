@@ -19,6 +19,8 @@ export const errorCodes = {
   STREAM_PROTOCOL: 'A replication peer broke the stream protocol.',
   STREAM_REFUSED: 'The recovery site refused the stream.',
   STALE_EPOCH: 'A newer attach of this VM owns the journal; this stream must stop.',
+  FENCED: 'The recovery site has taken the group over; nothing of it is captured here any more.',
+  GENERATION_AHEAD: 'The recovery site has forgotten that the group was handed over; nothing is sent to it.',
   NOT_PAIRED: 'The two sites are not paired.',
   PAIRING: 'Pairing failed.',
   UNAUTHORIZED: 'The peer showed no certificate that is trusted for this.',

@@ -17,8 +17,13 @@ export type FrameSeal = {
 /** A finished frame, ready for writev: header and table, then the payload as stored. */
 export type SealedFrame = { firstSeq: number; lastSeq: number; head: Buffer; payload: Buffer; lengthBytes: number }
 
+const NOTHING = Buffer.alloc(0)
+
 /** Decides for each payload whether to compress it; returns the compressed bytes, or undefined for "store it". */
 export type Compressor = (raw: Buffer) => Buffer | undefined
+
+/** What a builder is made of, on its way to another thread and back: slab, record table and how much of both is used. */
+export type FrameParts = { payload: Uint8Array; table: Uint8Array; recordCount: number; payloadBytes: number }
 
 /**
  * Collects records of one frame in a caller's slab. Data are placed by the caller: `reserveData` says where.
@@ -26,15 +31,38 @@ export type Compressor = (raw: Buffer) => Buffer | undefined
  */
 export class FrameBuilder {
   #payload: Buffer
-  readonly #table: Buffer
+  #table: Buffer
   #count = 0
   #payloadBytes = 0
 
-  /** @param payload slab that data go to, at most 4 MiB, a multiple of 512 bytes */
-  constructor(payload: Buffer, maxRecords = 4096) {
+  /** @param payload slab that data go to, at most 4 MiB, a multiple of 512 bytes; or what another builder has given away */
+  constructor(payload: Buffer | FrameParts, maxRecords = 4096) {
+    if (!Buffer.isBuffer(payload)) {
+      this.#payload = NOTHING
+      this.#table = NOTHING
+      this.takeBack(payload)
+      return
+    }
     if (payload.length > MAX_FRAME_PAYLOAD_BYTES || maxRecords > MAX_FRAME_RECORDS) throw new CdpError('INTERNAL', 'frame builder beyond the caps of the format')
     this.#payload = payload
-    this.#table = Buffer.alloc(maxRecords * RECORD_ENTRY_BYTES)
+    this.#table = Buffer.allocUnsafeSlow(maxRecords * RECORD_ENTRY_BYTES)
+  }
+
+  /** Gives away all it has; its two buffers each lie alone in their memory, if the slab does. Until `takeBack` the builder is empty and of no use. */
+  give(): FrameParts {
+    const parts = { payload: this.#payload, table: this.#table, recordCount: this.#count, payloadBytes: this.#payloadBytes }
+    this.#payload = NOTHING
+    this.#table = NOTHING
+    this.reset()
+    return parts
+  }
+
+  /** Has what was given away, as it was. */
+  takeBack({ payload, table, recordCount, payloadBytes }: FrameParts): void {
+    this.#payload = Buffer.from(payload.buffer, payload.byteOffset, payload.byteLength)
+    this.#table = Buffer.from(table.buffer, table.byteOffset, table.byteLength)
+    this.#count = recordCount
+    this.#payloadBytes = payloadBytes
   }
 
   get recordCount(): number {

@@ -108,6 +108,7 @@ export class RecordTable {
 
   /** @throws CdpError FORMAT if an entry is of an unknown kind, bears unknown flags or points outside its bounds */
   validate(payloadRawBytes: number): void {
+    let jsonBytes = 0
     for (let index = 0; index < this.count; index++) {
       const kind = this.kind(index)
       const lengthBytes = this.lengthBytes(index)
@@ -123,6 +124,9 @@ export class RecordTable {
         if (payloadOffset % SECTOR_BYTES !== 0 || payloadOffset + lengthBytes > payloadRawBytes) {
           throw bad('record whose data lie outside the payload', { kind, index, payloadOffset, lengthBytes, payloadRawBytes })
         }
+        // Many records may not name the same text: all of it would be parsed again for each of them.
+        if (hasJson(kind)) jsonBytes += lengthBytes
+        if (jsonBytes > payloadRawBytes) throw bad('records whose texts overlap', { kind, index, jsonBytes, payloadRawBytes })
       }
     }
   }

@@ -9,14 +9,17 @@ export type CheckpointKind = 'automatic' | 'tagged' | 'quiesced'
 export type CheckpointMark = { id: string; vpg: string; vms: string[]; atUnixMs: number; kind: CheckpointKind; tag?: string }
 /** JSON of an `epoch` record: why this attach began, and the disks from here on. */
 export type EpochMark = { reason: string; disks: DiskEntry[]; config?: string }
-/** initial: first copy. bitmap: what QEMU's dirty bitmap says. full: everything again, since nothing says what changed. delta: by hashes. */
+/** initial: first copy. bitmap: what QEMU's dirty bitmap says. delta: what differs by hash, of everything. full: everything again; only for an agent that cannot compare. */
 export type SyncKind = 'initial' | 'bitmap' | 'full' | 'delta'
-/** JSON of a `syncBegin` record. */
-export type SyncMark = { kind: SyncKind; reason: string }
-/** JSON of a `syncEnd` record. */
-export type SyncEndMark = { kind: SyncKind }
-/** JSON of a `proof` record: QEMU's written bytes against the captured ones, per disk key, since the attach. */
-export type ProofMark = { ok: boolean; atUnixMs: number; disks: Record<string, { writtenBytes: number; capturedBytes: number }> }
+/** JSON of a `syncBegin` record. `before`: what the newest checkpoint before it is called, if the sync changes anything. */
+export type SyncMark = { kind: SyncKind; reason: string; before?: string }
+/** JSON of a `syncEnd` record. `sentBytes`, of a delta sync: what it had to copy. */
+export type SyncEndMark = { kind: SyncKind; sentBytes?: number }
+/**
+ * JSON of a `proof` record: QEMU's written bytes against the captured ones, per disk key, since the attach. `fromSeq`: that attach began with the
+ * record of this number; what was captured before, though in the same epoch, is not proved by it.
+ */
+export type ProofMark = { ok: boolean; atUnixMs: number; fromSeq?: number; disks: Record<string, { writtenBytes: number; capturedBytes: number }> }
 
 const isObject = (value: unknown): value is Record<string, unknown> => typeof value === 'object' && value !== null && !Array.isArray(value)
 

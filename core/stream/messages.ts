@@ -1,6 +1,7 @@
 import { CdpError } from '../errors/index.ts'
 import { readU64, writeU64 } from '../record/index.ts'
 import type { DiskEntry } from '../record/index.ts'
+import { FIRST_GENERATION } from './generation.ts'
 
 export const STREAM_PROTOCOL = 1
 export const STREAM_ALPN = 'cdp-stream/1'
@@ -8,7 +9,7 @@ export const MESSAGE_HEADER_BYTES = 8
 export const MAX_FRAME_MESSAGE_BYTES = 5 * 1024 * 1024
 export const MAX_OTHER_MESSAGE_BYTES = 64 * 1024
 
-export const MessageType = { hello: 1, welcome: 2, refuse: 3, frame: 4, ack: 5, ping: 6, pong: 7, end: 8, state: 9 } as const
+export const MessageType = { hello: 1, welcome: 2, refuse: 3, frame: 4, ack: 5, ping: 6, pong: 7, end: 8, state: 9, hashRequest: 10, hashReply: 11 } as const
 export type MessageType = (typeof MessageType)[keyof typeof MessageType]
 
 export type Hello = {
@@ -17,17 +18,37 @@ export type Hello = {
   vm: string
   vpg: string
   vms: string[]
+  /** Of the group, as the sender has it. */
+  generation: number
   /** 0 asks for a new attach, else the epoch to go on with. */
   epoch: number
   disks: DiskEntry[]
   reason: string
 }
-export type Welcome = { epoch: number; durableSeq: number; baseComplete: boolean; /** Bytes copied, by disk number. */ syncProgress: Record<string, number>; disks: DiskEntry[] }
-export type Refuse = { code: string; message: string; hint?: string }
-export type StateNews = { validCheckpoint?: { id: string; atUnixMs: number } }
+export type Welcome = {
+  epoch: number
+  /** Of the group, as the agent has it. If it is not the hello's, what is sent does not become part of the group's history. */
+  generation: number
+  durableSeq: number
+  baseComplete: boolean
+  /** Bytes copied, by disk number. */
+  syncProgress: Record<string, number>
+  disks: DiskEntry[]
+  /** The agent answers hashRequest. */
+  hashes?: boolean
+  /** The mirrors hold data already: an initial sync compares before it sends. */
+  mirrorHasData?: boolean
+}
+export type Refuse = { code: string; message: string; hint?: string; /** FENCED, GENERATION_AHEAD: as the agent has it. */ generation?: number }
+export type StateNews = {
+  validCheckpoint?: { id: string; atUnixMs: number }
+  /** The agent's copy is damaged: everything is to be compared, and what differs sent. */
+  syncWanted?: { why: string }
+}
 export type Ack = { epoch: number; durableSeq: number }
 
-const header = (type: MessageType, lengthBytes: number): Buffer => {
+/** The eight bytes before the body of a message. */
+export const messageHeader = (type: MessageType, lengthBytes: number): Buffer => {
   const buffer = Buffer.alloc(MESSAGE_HEADER_BYTES)
   buffer.writeUInt32LE(lengthBytes, 0)
   buffer[4] = type
@@ -35,18 +56,18 @@ const header = (type: MessageType, lengthBytes: number): Buffer => {
 }
 
 /** Header of a frame message; the frame's own bytes follow by writev. */
-export const frameMessageHeader = (frameBytes: number): Buffer => header(MessageType.frame, frameBytes)
+export const frameMessageHeader = (frameBytes: number): Buffer => messageHeader(MessageType.frame, frameBytes)
 
 const jsonMessage = (type: MessageType, value: unknown): Buffer => {
   const body = Buffer.from(JSON.stringify(value))
   if (body.length > MAX_OTHER_MESSAGE_BYTES) throw new CdpError('STREAM_PROTOCOL', 'message is too large', { context: { type, bytes: body.length } })
-  return Buffer.concat([header(type, body.length), body])
+  return Buffer.concat([messageHeader(type, body.length), body])
 }
 export const helloMessage = (hello: Hello): Buffer => jsonMessage(MessageType.hello, hello)
 export const welcomeMessage = (welcome: Welcome): Buffer => jsonMessage(MessageType.welcome, welcome)
 export const refuseMessage = (refuse: Refuse): Buffer => jsonMessage(MessageType.refuse, refuse)
 export const stateMessage = (news: StateNews): Buffer => jsonMessage(MessageType.state, news)
-export const endMessage = (): Buffer => header(MessageType.end, 0)
+export const endMessage = (): Buffer => messageHeader(MessageType.end, 0)
 
 export const ackMessage = (ack: Ack): Buffer => {
   const buffer = Buffer.alloc(MESSAGE_HEADER_BYTES + 16)
@@ -81,6 +102,7 @@ export const readEcho = (body: Buffer): number => {
 }
 
 type Fields = Record<string, unknown>
+const isFields = (value: unknown): value is Fields => typeof value === 'object' && value !== null
 const readJson = (body: Buffer, what: string): Fields => {
   let value: unknown
   try {
@@ -101,6 +123,7 @@ const isDisk = (value: unknown): value is DiskEntry => {
   )
 }
 const isCount = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0
+const isGeneration = (value: unknown): value is number => isCount(value) && value >= FIRST_GENERATION
 /** As long as a segment's header has room for. */
 const isVmName = (value: unknown): value is string => isName(value) && value.length <= 36
 const isName = (value: unknown): value is string => typeof value === 'string' && /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/.test(value)
@@ -108,43 +131,51 @@ const isName = (value: unknown): value is string => typeof value === 'string' &&
 /** @throws CdpError STREAM_PROTOCOL */
 export const readHello = (body: Buffer): Hello => {
   const json = readJson(body, 'hello')
-  const { protocol, vm, vpg, vms, epoch, disks, reason } = json
+  const { protocol, vm, vpg, vms, generation, epoch, disks, reason } = json
   if (protocol !== STREAM_PROTOCOL) throw new CdpError('STREAM_PROTOCOL', `peer speaks stream protocol ${JSON.stringify(protocol)}, this side ${STREAM_PROTOCOL}`, { hint: 'Install the same version of pve-cdp on both sites.' })
   if (
     !isVmName(vm) || !isName(vpg) || !Array.isArray(vms) || vms.length > 1000 || !vms.every(isVmName) || !vms.includes(vm) ||
-    !isCount(epoch) || !Array.isArray(disks) || disks.length === 0 || disks.length > 256 || !disks.every(isDisk) || typeof reason !== 'string'
+    !isGeneration(generation) || !isCount(epoch) || !Array.isArray(disks) || disks.length === 0 || disks.length > 256 || !disks.every(isDisk) || typeof reason !== 'string'
   ) {
     throw broken('hello')
   }
-  return { protocol: STREAM_PROTOCOL, vm, vpg, vms, epoch, disks, reason }
+  return { protocol: STREAM_PROTOCOL, vm, vpg, vms, generation, epoch, disks, reason }
 }
 
 /** @throws CdpError STREAM_PROTOCOL */
 export const readWelcome = (body: Buffer): Welcome => {
   const json = readJson(body, 'welcome')
-  const { epoch, durableSeq, baseComplete, syncProgress, disks } = json
+  const { epoch, generation, durableSeq, baseComplete, syncProgress, disks, hashes, mirrorHasData } = json
   if (
-    !isCount(epoch) || epoch === 0 || !isCount(durableSeq) || typeof baseComplete !== 'boolean' || typeof syncProgress !== 'object' || syncProgress === null || Array.isArray(syncProgress) ||
+    !isCount(epoch) || epoch === 0 || !isGeneration(generation) || !isCount(durableSeq) || typeof baseComplete !== 'boolean' || typeof syncProgress !== 'object' || syncProgress === null || Array.isArray(syncProgress) ||
     !Object.values(syncProgress).every(isCount) || !Array.isArray(disks) || !disks.every(isDisk)
   ) {
     throw broken('welcome')
   }
-  return { epoch, durableSeq, baseComplete, syncProgress: syncProgress as Record<string, number>, disks }
+  return { epoch, generation, durableSeq, baseComplete, syncProgress: syncProgress as Record<string, number>, disks, ...(hashes === true ? { hashes } : {}), ...(mirrorHasData === true ? { mirrorHasData } : {}) }
 }
 
 /** @throws CdpError STREAM_PROTOCOL */
 export const readRefuse = (body: Buffer): Refuse => {
-  const { code, message, hint } = readJson(body, 'refuse')
+  const { code, message, hint, generation } = readJson(body, 'refuse')
   if (typeof code !== 'string' || typeof message !== 'string') throw broken('refuse')
-  return { code, message, ...(typeof hint === 'string' ? { hint } : {}) }
+  return { code, message, ...(typeof hint === 'string' ? { hint } : {}), ...(isGeneration(generation) ? { generation } : {}) }
 }
 
 /** @throws CdpError STREAM_PROTOCOL */
 export const readStateNews = (body: Buffer): StateNews => {
-  const { validCheckpoint } = readJson(body, 'state')
-  if (validCheckpoint === undefined) return {}
-  if (typeof validCheckpoint !== 'object' || validCheckpoint === null) throw broken('state')
-  const { id, atUnixMs } = validCheckpoint as Fields
+  const { validCheckpoint, syncWanted } = readJson(body, 'state')
+  return { ...(validCheckpoint === undefined ? {} : { validCheckpoint: readPlace(validCheckpoint) }), ...(syncWanted === undefined ? {} : { syncWanted: readWanted(syncWanted) }) }
+}
+
+const readPlace = (value: unknown): { id: string; atUnixMs: number } => {
+  const { id, atUnixMs } = isFields(value) ? value : {}
   if (typeof id !== 'string' || !isCount(atUnixMs)) throw broken('state')
-  return { validCheckpoint: { id, atUnixMs } }
+  return { id, atUnixMs }
+}
+
+const readWanted = (value: unknown): { why: string } => {
+  const { why } = isFields(value) ? value : {}
+  if (typeof why !== 'string') throw broken('state')
+  return { why: why.slice(0, 1000) }
 }

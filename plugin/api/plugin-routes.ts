@@ -1,5 +1,5 @@
 import { implement, packageVersion, pluginApi } from '../../core/api/index.ts'
-import type { PluginStatus, Route } from '../../core/api/index.ts'
+import type { PluginStatus, Route, Suspended } from '../../core/api/index.ts'
 import type { PluginService } from './plugin-service.ts'
 import { vpgStatus } from './vpg-status.ts'
 
@@ -12,11 +12,20 @@ const peerStatus = (service: PluginService): PluginStatus['peer'] => {
   return vms.some((vm) => vm.stats?.linkUp === true) ? { state: 'connected', address } : { state: 'disconnected', address, reason: 'no stream is up' }
 }
 
+const suspended = (vm: ReturnType<PluginService['vmHere']>): Suspended => ({ vmId: vm.vmId, state: vm.state.is, reason: vm.state.why, holds: [...vm.holds] })
+
+const discardsStatus = (discards: PluginService['discards']): NonNullable<PluginStatus['discards']> => {
+  if (!discards.known) return { fate: 'unknown', reason: discards.why }
+  const { reachesStorage, copied, version } = discards.fate
+  if (reachesStorage && copied !== 'not') return { fate: 'forwarded', reason: `QEMU ${version} passes discards on under a mirror job, to the target as ${copied}` }
+  return { fate: 'swallowed', reason: `QEMU ${version} keeps discards from the storage under a mirror job` }
+}
+
 /** The plugin's contract, implemented. */
 export const pluginRoutes = (service: PluginService, nowUnixMs: () => number = Date.now): Route[] =>
   implement(pluginApi, {
     status: async () => ({
-      side: 'plugin' as const, siteId: service.siteId, node: service.nodeName, version: packageVersion(), peer: peerStatus(service), vpgs: service.vpgs.map((vpg) => vpgStatus(vpg, nowUnixMs())),
+      side: 'plugin' as const, siteId: service.siteId, node: service.nodeName, version: packageVersion(), peer: peerStatus(service), discards: discardsStatus(service.discards), vpgs: service.vpgs.map((vpg) => vpgStatus(vpg, nowUnixMs())),
     }),
     pair: async ({ body }) => {
       const { siteId, agentSiteId, host, port } = await service.pair(body.token)
@@ -28,8 +37,20 @@ export const pluginRoutes = (service: PluginService, nowUnixMs: () => number = D
       await service.deleteVpg(params.name)
       return {}
     },
+    forceSync: async ({ params, body }) => ({ vmIds: service.vpg(params.name).forceSync(body.vmId) }),
+    verify: async ({ params, body }) => ({ vmIds: service.vpg(params.name).beginVerify(body.vmId) }),
     tagCheckpoint: async ({ params, body }) => {
       const { id, atUnixMs } = await service.vpg(params.name).tag(body.tag)
       return { checkpointId: id, atUnixMs, state: 'pending' as const }
+    },
+    suspendVm: async ({ params, body }) => {
+      const vm = service.vmHere(Number(params.vmId))
+      await vm.suspend(body)
+      return suspended(vm)
+    },
+    resumeVm: async ({ params, body }) => {
+      const vm = service.vmHere(Number(params.vmId))
+      const held = await vm.resume(body.owner)
+      return { ...suspended(vm), held }
     },
   })

@@ -21,8 +21,8 @@ describe('PluginService without a pairing', () => {
     const book = new VpgBook(join(dir, 'vpgs.json'))
     await book.write([shop])
     const settings = {
-      paths: { qemuServerDirectory: dir, pveDirectory }, stateDirectory: dir, runDirectory: dir, memoryBytesPerVm: 1 << 24, lingerMs: 5, syncRateBytesPerSec: 0, proofEveryMs: 1000,
-      slowAck: { p99Ms: 100, maxMs: 1000 }, existingNbdServers: {},
+      paths: { qemuServerDirectory: dir, pveDirectory }, stateDirectory: dir, runDirectory: dir, memoryBytesPerVm: 1 << 24, lingerMs: 5, syncRateBytesPerSec: 0, proofEveryMs: 1000, rotateEveryMs: 60_000,
+      slowAck: { p99Ms: 100, maxMs: 1000 }, verify: { everyMs: 0, rateBytesPerSec: 0 }, existingNbdServers: {},
     }
     const service = new PluginService({ cluster, settings, siteDirectory, vpgFile: join(dir, 'vpgs.json'), holdMs: 20, log: silentLogger, events: new EventLog() })
     await service.start()

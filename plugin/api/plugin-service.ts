@@ -5,8 +5,11 @@ import { cronExpression } from '../checkpoint/index.ts'
 import type { Cluster, NodeHandlers } from '../cluster/index.ts'
 import { joinSite, loadPairing } from '../pairing/index.ts'
 import type { Pairing } from '../pairing/index.ts'
-import { Vpg } from '../protect/index.ts'
-import type { ProtectSettings, VpgDefinition, VpgPeers } from '../protect/index.ts'
+import { BandwidthKeeper, VerifyRecords, VerifySchedule, Vpg } from '../protect/index.ts'
+import type { LineUser, ProtectSettings, VpgDefinition, VpgPeers } from '../protect/index.ts'
+import type { Discards, ReclaimSchedule, ReclaimSettings } from '../reclaim/index.ts'
+import type { Bandwidth } from '../replicate/index.ts'
+import { reclaimScheduleOf } from './reclaim-schedule-of.ts'
 import { VpgBook } from './vpg-book.ts'
 import { memberReport } from './vpg-status.ts'
 
@@ -18,6 +21,10 @@ export type PluginServiceOptions = {
   vpgFile: string
   /** See VpgOptions. */
   holdMs: number
+  /** The node's limit; none if it is absent. */
+  bandwidth?: Bandwidth
+  /** Never, if it is absent. */
+  reclaim?: ReclaimSettings
   log: Logger
   events: EventLog
 }
@@ -32,6 +39,11 @@ export class PluginService implements AsyncDisposable {
   readonly #options: PluginServiceOptions
   readonly #book: VpgBook
   readonly #vpgs = new Map<string, Vpg>()
+  readonly #verifySchedule: VerifySchedule
+  /** Results of online verifies. */
+  readonly verifies: VerifyRecords
+  readonly #reclaim: ReclaimSchedule
+  readonly #bandwidth: BandwidthKeeper
   #pairing: Pairing | undefined
   #changes: Promise<unknown> = Promise.resolve()
   #look: NodeJS.Timeout | undefined
@@ -44,6 +56,11 @@ export class PluginService implements AsyncDisposable {
   constructor(options: PluginServiceOptions) {
     this.#options = options
     this.#book = new VpgBook(options.vpgFile)
+    this.#bandwidth = new BandwidthKeeper({ bandwidth: options.bandwidth ?? { bytesPerSec: 0, windows: [] }, users: () => this.#lineUsers() })
+    const { settings, log, events } = options
+    this.#reclaim = reclaimScheduleOf({ reclaim: options.reclaim, settings, log, events, vms: () => this.vpgs.flatMap(({ vms }) => vms) })
+    this.verifies = new VerifyRecords(settings.stateDirectory)
+    this.#verifySchedule = new VerifySchedule({ everyMs: settings.verify.everyMs, vms: () => this.vpgs.flatMap(({ vms }) => vms), records: this.verifies, log, nowUnixMs: Date.now })
   }
 
   get siteId(): string {
@@ -57,6 +74,11 @@ export class PluginService implements AsyncDisposable {
 
   get pairing(): Pairing | undefined {
     return this.#pairing
+  }
+
+  /** What QEMU does with a protected guest's discards. */
+  get discards(): Discards {
+    return this.#reclaim.discards
   }
 
   /** False while a capture worker does not turn: the watchdog is not fed then. */
@@ -76,6 +98,9 @@ export class PluginService implements AsyncDisposable {
     this.#beginAll(definitions)
     this.#options.cluster.serve(this.#handlers())
     await this.#lookAround()
+    this.#verifySchedule.start()
+    this.#reclaim.start()
+    this.#bandwidth.start()
     this.#look = setInterval(() => void this.#lookAround(), LOOK_EVERY_MS)
   }
 
@@ -111,13 +136,17 @@ export class PluginService implements AsyncDisposable {
     }))
   }
 
-  /** Ends the protection of a group; what the recovery site holds stays there. */
+  /**
+   * Ends the protection of a group; what the recovery site holds stays there.
+   * @throws CdpError NOT_FOUND; CONFLICT while somebody else's operation on a member here keeps capture in its QEMU. Nothing was done then
+   */
   async deleteVpg(name: string): Promise<void> {
     await this.#change(() => this.#options.cluster.locked(async () => {
       const defined = await this.#book.read()
       const vpg = this.#vpgs.get(name)
       const others = defined.filter((other) => other.name !== name)
       if (vpg === undefined && others.length === defined.length) throw noSuchVpg(name)
+      await vpg?.mustBeTakeable()
       await this.#book.write(others)
       this.#vpgs.delete(name)
       await vpg?.stop(false)
@@ -132,11 +161,31 @@ export class PluginService implements AsyncDisposable {
     return vpg
   }
 
+  /** A protected VM of this node. @throws CdpError NOT_FOUND, with the node it is on if that is another one */
+  vmHere(vmId: number): Vpg['vms'][number] {
+    for (const vpg of this.vpgs) {
+      const vm = vpg.vms.find((member) => member.vmId === vmId)
+      if (vm !== undefined) return vm
+      const node = vpg.view.nodeOf.get(vmId)
+      if (node !== undefined) throw new CdpError('NOT_FOUND', `VM ${vmId} is not on this node, but on ${node}`, { hint: `Ask the plugin of ${node}.`, context: { vmId, node } })
+    }
+    throw new CdpError('NOT_FOUND', `VM ${vmId} is not protected`, { hint: 'See "pvecdp status".', context: { vmId } })
+  }
+
   async [Symbol.asyncDispose](): Promise<void> {
     clearInterval(this.#look)
+    this.#bandwidth[Symbol.dispose]()
+    this.#verifySchedule[Symbol.dispose]()
+    this.#reclaim[Symbol.dispose]()
     await this.#changes.catch(() => undefined)
     await Promise.all(this.vpgs.map((vpg) => vpg.stop(true)))
     this.#vpgs.clear()
+  }
+
+  #lineUsers(): LineUser[] {
+    return this.vpgs.flatMap(({ definition, vms }) => vms.map(({ rate, stats }) => ({
+      rate, priority: definition.priority ?? 'normal', sentBytes: stats?.sentBytes ?? 0, waitingBytes: (stats?.heldBytes ?? 0) + (stats?.spilledBytes ?? 0),
+    })))
   }
 
   /** What another node may have changed: VPGs, the pairing, where members are. Once a second; a look that takes longer skips some. */
@@ -237,7 +286,7 @@ export class PluginService implements AsyncDisposable {
     const pairing = this.#pairing
     if (pairing === undefined) throw new CdpError('NOT_PAIRED', `the VPG ${definition.name} is defined, but this site is not paired`, { hint: 'Pair it again with "pvecdp pair join".' })
     const vpg = new Vpg({
-      definition, settings, log, peers: this.#peers(), nodeOf: this.#nodeOf, holdMs: this.#options.holdMs,
+      definition, settings, log, peers: this.#peers(), nodeOf: this.#nodeOf, holdMs: this.#options.holdMs, verifies: this.verifies,
       agent: { host: pairing.host, port: pairing.port, tls: pairing.tls },
       onEvent: ({ level, kind, message, context }) => void events.append({ level, kind, message, context }),
     })

@@ -4,9 +4,10 @@ import { CdpError } from '../../core/errors/index.ts'
 import { readJsonFile, writeJsonFile } from '../../core/files/index.ts'
 import type { VpgDefinition } from '../protect/index.ts'
 
+const PrioritySchema = Type.Union([Type.Literal('low'), Type.Literal('normal'), Type.Literal('high')])
 const VpgFile = Type.Object({
   format: Type.Literal(1),
-  vpgs: Type.Array(Type.Object({ name: Type.String(), vmIds: Type.Array(Type.Integer()), checkpointEveryMs: Type.Integer() })),
+  vpgs: Type.Array(Type.Object({ name: Type.String(), vmIds: Type.Array(Type.Integer()), checkpointEveryMs: Type.Integer(), priority: Type.Optional(PrioritySchema), generation: Type.Optional(Type.Integer({ minimum: 1 })) })),
 })
 
 /** The definitions of VPGs, in one small file (on a cluster: in its file system). */

@@ -1,5 +1,5 @@
 import type { VmStatus, VpgStatus } from '../../core/api/index.ts'
-import type { MemberReport, Vpg } from '../protect/index.ts'
+import type { MemberReport, VerifyRecord, Vpg } from '../protect/index.ts'
 
 type ProtectedVm = Vpg['vms'][number]
 
@@ -12,12 +12,20 @@ const syncOf = (vm: ProtectedVm, nowUnixMs: number): VmStatus['sync'] => {
   const seconds = Math.max(0.001, (nowUnixMs - state.sinceUnixMs) / 1000)
   const rateBytesPerSec = state.doneBytes / seconds
   const left = Math.max(0, state.totalBytes - state.doneBytes)
-  return { kind: state.kind, doneBytes: state.doneBytes, totalBytes: state.totalBytes, rateBytesPerSec, secondsLeft: rateBytesPerSec > 0 ? left / rateBytesPerSec : null }
+  return { kind: state.kind, doneBytes: state.doneBytes, totalBytes: state.totalBytes, ...(state.sentBytes === undefined ? {} : { sentBytes: state.sentBytes }), rateBytesPerSec, secondsLeft: rateBytesPerSec > 0 ? left / rateBytesPerSec : null }
 }
 
-const vmStatus = (vm: ProtectedVm, node: string, nowUnixMs: number): VmStatus => {
+const verifyOf = (vm: ProtectedVm, last: VerifyRecord | undefined): VmStatus['verify'] => {
+  const { verifying } = vm
+  if (verifying === undefined && last === undefined) return undefined
+  const { atUnixMs = 0, comparedBytes = 0, undecidedBytes = 0, differingBytes = 0, foundEver = 0 } = last ?? {}
+  return { ...(verifying === undefined ? {} : { running: verifying }), ...(last === undefined ? {} : { last: { atUnixMs, comparedBytes, undecidedBytes, differingBytes, foundEver } }) }
+}
+
+const vmStatus = (vm: ProtectedVm, last: VerifyRecord | undefined, node: string, nowUnixMs: number): VmStatus => {
   const { stats, state } = vm
   const sync = syncOf(vm, nowUnixMs)
+  const verify = verifyOf(vm, last)
   return {
     vmId: vm.vmId,
     node,
@@ -25,9 +33,13 @@ const vmStatus = (vm: ProtectedVm, node: string, nowUnixMs: number): VmStatus =>
     reason: state.why,
     sinceUnixMs: state.sinceUnixMs,
     ...(sync === undefined ? {} : { sync }),
+    ...(verify === undefined ? {} : { verify }),
+    ...(state.is !== 'tracking' || state.rounds === undefined ? {} : { rounds: state.rounds }),
+    ...(vm.holds.length === 0 ? {} : { holds: [...vm.holds] }),
     receivedSeq: stats?.receivedSeq ?? 0,
     durableSeq: stats?.durableSeq ?? 0,
     bufferedBytes: stats?.heldBytes ?? 0,
+    spilledBytes: stats?.spilledBytes ?? 0,
     disks: vm.disks.map(({ key, sizeBytes }) => ({ key, sizeBytes })),
     ackLatencyUs: { p50: stats?.ack.p50Us ?? 0, p99: stats?.ack.p99Us ?? 0, max: Math.max(stats?.ack.maxUs ?? 0, stats?.ack.held.maxUs ?? 0), held: stats?.ack.held.maxUs ?? 0 },
   }
@@ -43,7 +55,7 @@ export const memberReport = (vpg: Vpg, nowUnixMs: number): MemberReport & { name
   const { lastValid } = vpg
   return {
     name: vpg.definition.name, abandonedCuts: vpg.abandonedCuts, ...(lastValid === undefined ? {} : { lastValid }),
-    vms: vpg.vms.map((vm) => vmStatus(vm, vpg.peers.nodeName, nowUnixMs)),
+    vms: vpg.vms.map((vm) => vmStatus(vm, vpg.verified(vm.vmId), vpg.peers.nodeName, nowUnixMs)),
   }
 }
 
@@ -74,10 +86,13 @@ const allMembers = (vpg: Vpg, nowUnixMs: number): { vms: VmStatus[]; abandonedCu
 export const vpgStatus = (vpg: Vpg, nowUnixMs: number): VpgStatus => {
   const { definition, lastValid } = vpg
   const { vms, abandonedCuts } = allMembers(vpg, nowUnixMs)
-  const rpoMs = lastValid === undefined ? null : Math.max(0, nowUnixMs - lastValid.atUnixMs)
+  const ageMs = vpg.lastValidAgeMs(nowUnixMs)
+  const rpoMs = ageMs === undefined ? null : Math.round(ageMs)
   const behind = vms.filter(({ state }) => state !== 'streaming')
   const late = rpoMs !== null && rpoMs > LATE_INTERVALS * definition.checkpointEveryMs
   const [state, reason] = ((): [VpgStatus['state'], string] => {
+    const fenced = behind.find((vm) => vm.state === 'fenced')
+    if (fenced !== undefined) return ['fenced', fenced.reason]
     if (behind.length > 0) {
       const why = behind.map((vm) => `VM ${vm.vmId} is ${vm.state}: ${vm.reason}`).join('; ')
       if (behind.every((vm) => vm.state === 'detached') && behind.length === vms.length) return ['stopped', why]

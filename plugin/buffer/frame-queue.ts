@@ -5,6 +5,16 @@ import type { SlabPool } from './slab-pool.ts'
 /** A frame that waits for its durable acknowledgement, and the slab (if any) that goes back to its pool then. */
 export type QueuedFrame = SealedFrame & { slab?: Buffer; pool?: SlabPool }
 
+/** What the sender sees of a queue. */
+export type SendQueue = {
+  /** The next frame to send, or undefined; moves the cursor. */
+  next(): QueuedFrame | undefined
+  /** Everything up to `durableSeq` is safe at the agent. */
+  release(durableSeq: number): void
+  /** Everything that is not durable is sent again. */
+  rewind(durableSeq: number): void
+}
+
 /** Bytes of memory that a queued frame holds: its slab counts whole, however little of it is used. */
 const heldBytesOf = (frame: QueuedFrame): number => (frame.slab === undefined ? frame.lengthBytes : frame.head.length + frame.slab.length)
 
@@ -12,7 +22,7 @@ const heldBytesOf = (frame: QueuedFrame): number => (frame.slab === undefined ? 
  * Frames in order of sequence, from the first one that is not durable at the agent to the newest. The sender walks it with a
  * cursor; `release` lets go of what is durable; `rewind` makes the sender begin again after a reconnect.
  */
-export class FrameQueue {
+export class FrameQueue implements SendQueue {
   /** Below #head: undefined, so that what was released is not kept alive by its place. */
   #frames: (QueuedFrame | undefined)[] = []
   #head = 0

@@ -9,6 +9,9 @@ export type CaptureWorkerOptions = Omit<CaptureWorkerData, 'heartbeat'> & {
   onExit: (why: string) => void
 }
 
+/** Next to nothing that a worker allocates lives long: what was needed under load is not kept when there is none. */
+const YOUNG_GENERATION_MIB = 8
+
 /** The main thread's handle of one capture worker. */
 export class CaptureWorker implements AsyncDisposable {
   readonly #worker: Worker
@@ -28,7 +31,7 @@ export class CaptureWorker implements AsyncDisposable {
     const heartbeat = new SharedArrayBuffer(4)
     const workerData: CaptureWorkerData = { ...data, heartbeat }
     const file = import.meta.url.endsWith('.ts') ? './worker.ts' : './worker.js'
-    const worker = new Worker(new URL(file, import.meta.url), { workerData, name: `capture-${data.vm}` })
+    const worker = new Worker(new URL(file, import.meta.url), { workerData, name: `capture-${data.vm}`, resourceLimits: { maxYoungGenerationSizeMb: YOUNG_GENERATION_MIB } })
     const handle = new CaptureWorker(worker, new Int32Array(heartbeat))
     const { promise, resolve, reject } = Promise.withResolvers<void>()
     let listening = false

@@ -12,8 +12,8 @@ const REPLIES_PER_BUFFER = 512
 /** Payloads with so much left are read straight into their slab. */
 const DIRECT_READ_BYTES = 16 * 1024
 
-/** A disk as capture sees it. `capturedBytes` grows with writes and zeroes (what QEMU counts as written), never with discards. */
-export type CapturedDisk = { disk: number; key: string; sizeBytes: number; capturedBytes: number }
+/** A disk as capture sees it. `capturedBytes` grows with writes and zeroes (what QEMU counts as written), never with discards. `lastAtMs`: when it did last, monotonic. */
+export type CapturedDisk = { disk: number; key: string; sizeBytes: number; capturedBytes: number; lastAtMs: number }
 
 /** What a connection needs of the capture target around it. */
 export type ConnectionHost = {
@@ -26,6 +26,8 @@ export type ConnectionHost = {
   holding(): boolean
   /** Cuts the range out of sync reads that are under way. */
   cutFromReads(disk: number, offsetBytes: number, lengthBytes: number): void
+  /** A request was answered with an error. QEMU's job stands still then, and nothing more comes of it. */
+  onRefused?(key: string): void
 }
 
 /**
@@ -50,6 +52,7 @@ export class CaptureConnection implements nbd.RequestSink {
   #arrivedMs = 0
   #heldSinceMs = 0
   #clean = false
+  #refused = false
 
   constructor(socket: Socket, disk: CapturedDisk, host: ConnectionHost) {
     this.#socket = socket
@@ -59,8 +62,23 @@ export class CaptureConnection implements nbd.RequestSink {
   }
 
   /** True once the client has said goodbye (NBD_CMD_DISC) between two requests. */
-  get endedCleanly(): boolean {
+  get saidGoodbye(): boolean {
     return this.#clean
+  }
+
+  /** It said goodbye, and nothing that it asked for was refused. */
+  get endedCleanly(): boolean {
+    return this.#clean && !this.#refused
+  }
+
+  /** True if a request was answered with an error. */
+  get refused(): boolean {
+    return this.#refused
+  }
+
+  /** Milliseconds since the last bytes came, while a request is only half here: QEMU holds the guest's write until we answer it. 0 between requests. */
+  stalledMs(nowMs: number): number {
+    return this.#parser.atRequestBoundary ? 0 : nowMs - this.#arrivedMs
   }
 
   /** Bytes up to `end` of `chunk` have arrived. @throws CdpError NBD_PROTOCOL: the connection is to be closed */
@@ -122,9 +140,15 @@ export class CaptureConnection implements nbd.RequestSink {
   onRequestEnd(): void {
     const error = this.#record()
     if (this.#type === nbd.NBD_CMD_DISC) return
+    if (error !== 0) this.#refuse()
     if (this.#replyBytes === this.#replies.length) this.#growReplies()
     nbd.writeSimpleReply(this.#replies, this.#replyBytes, error, this.#cookieHigh, this.#cookieLow)
     this.#replyBytes += nbd.SIMPLE_REPLY_BYTES
+  }
+
+  #refuse(): void {
+    this.#refused = true
+    this.#host.onRefused?.(this.#disk.key)
   }
 
   /** Turns the complete request into a record; returns the NBD error to answer, 0 for success. */
@@ -154,6 +178,7 @@ export class CaptureConnection implements nbd.RequestSink {
     }
     this.#host.cutFromReads(disk, this.#offsetBytes, this.#lengthBytes)
     if (this.#type !== nbd.NBD_CMD_TRIM) this.#disk.capturedBytes += this.#lengthBytes
+    this.#disk.lastAtMs = this.#arrivedMs
     return 0
   }
 

@@ -1,22 +1,22 @@
 import { CdpError } from '../../core/errors/index.ts'
 import { FLAG_DIRECT, FrameBuilder, RecordKind, alignToSector } from '../../core/record/index.ts'
-import type { Compressor } from '../../core/record/index.ts'
 import type { SlabPool } from '../buffer/index.ts'
-import type { FrameQueue } from '../buffer/index.ts'
+import type { FrameQueue, SpillingQueue } from '../buffer/index.ts'
+import type { FrameSealer, Sealed } from './frame-sealer.ts'
 
 export type RecorderOptions = {
-  queue: FrameQueue
+  queue: Pick<FrameQueue | SpillingQueue, 'push' | 'clear'>
   /** One for small-record frames, and one for the payload of a single large write or sync read. */
   smallSlabs: SlabPool
   largeSlabs: SlabPool
-  compressor: Compressor
+  sealer: FrameSealer
   nowUnixMs: () => number
   /** How long a record may wait for company before its frame is closed. */
   lingerMs: number
 }
 
 /** A builder that is full or was closed, with what its header will say. */
-type Closed = { builder: FrameBuilder; pool: SlabPool; slab: Buffer; firstSeq: number; flags: number; atUnixMs: number }
+type Closed = { builder: FrameBuilder; pool: SlabPool; slabBytes: number; firstSeq: number; flags: number; atUnixMs: number }
 
 const RECORDS_PER_FRAME = 4096
 const MAX_SPARE_BUILDERS = 8
@@ -26,7 +26,7 @@ export const LARGE_WRITE_BYTES = 128 * 1024
 
 /**
  * Gives each captured operation its sequence and its place in a frame. Sealing (compression, checksums) is put off until the
- * acknowledgements of the present batch are out. The order of calls is the order of the journal.
+ * acknowledgements of the present batch are out, and is the sealer's work. The order of calls is the order of the journal.
  */
 export class Recorder {
   readonly #options: RecorderOptions
@@ -38,8 +38,12 @@ export class Recorder {
   #lastSeq = 0
   #epoch = 0
   #direct = false
+  /** What is written now is a copy of a disk's content, not a write of its guest. */
+  copying = false
   #closed: Closed[] = []
   #closedBytes = 0
+  /** Frames that were given to the sealer before this number last grew are dropped when they come back. */
+  #generation = 0
   #sealSoon: NodeJS.Immediate | undefined
   #linger: NodeJS.Timeout | undefined
 
@@ -68,6 +72,7 @@ export class Recorder {
     this.#epoch = epoch
     this.#lastSeq = lastSeq
     this.#direct = direct
+    this.copying = false
     this.#options.queue.clear(lastSeq)
   }
 
@@ -80,7 +85,7 @@ export class Recorder {
   /** A write whose payload lies whole in `chunk`; it is copied. */
   write(disk: number, offsetBytes: number, chunk: Buffer, start: number, end: number): void {
     const lengthBytes = end - start
-    const at = this.#builderFor(lengthBytes).reserveData(RecordKind.write, disk, offsetBytes, lengthBytes)
+    const at = this.#builderFor(lengthBytes).reserveData(this.copying ? RecordKind.sync : RecordKind.write, disk, offsetBytes, lengthBytes)
     chunk.copy(this.#open.payload, at, start, end)
     this.#lastSeq++
   }
@@ -89,9 +94,9 @@ export class Recorder {
   takeLarge(kind: typeof RecordKind.write | typeof RecordKind.sync, disk: number, offsetBytes: number, lengthBytes: number, slab: Buffer): void {
     this.#close()
     const builder = new FrameBuilder(slab, 1)
-    builder.reserveData(kind, disk, offsetBytes, lengthBytes)
+    builder.reserveData(this.copying ? RecordKind.sync : kind, disk, offsetBytes, lengthBytes)
     this.#lastSeq++
-    this.#enqueue({ builder, pool: this.#options.largeSlabs, slab, firstSeq: this.#lastSeq, flags: this.#flags(), atUnixMs: this.#options.nowUnixMs() })
+    this.#enqueue({ builder, pool: this.#options.largeSlabs, slabBytes: slab.length, firstSeq: this.#lastSeq, flags: this.#flags(), atUnixMs: this.#options.nowUnixMs() })
   }
 
   /** Data read by a sync; copied. */
@@ -104,7 +109,7 @@ export class Recorder {
 
   /** A record without data. */
   range(kind: RecordKind, disk: number, offsetBytes: number, lengthBytes: number): void {
-    this.#builderFor(0).addRange(kind, disk, offsetBytes, lengthBytes)
+    this.#builderFor(0).addRange(this.copying && kind === RecordKind.zero ? RecordKind.syncZero : kind, disk, offsetBytes, lengthBytes)
     this.#lastSeq++
   }
 
@@ -118,13 +123,13 @@ export class Recorder {
     this.#lastSeq++
   }
 
-  /** Closes the open frame and seals everything now. */
+  /** Closes the open frame and has everything sealed now: nothing waits for a later turn. */
   flush(): void {
     this.#close()
     while (this.#closed.length > 0) this.#sealOne()
   }
 
-  /** Stops timers; nothing is sealed any more. */
+  /** Nothing that is not sealed will be: the end, or a sealer that lost what it had. */
   dispose(): void {
     this.#dropUnsealed()
   }
@@ -150,13 +155,13 @@ export class Recorder {
   #close(): void {
     if (this.#open.recordCount === 0) return
     const { smallSlabs } = this.#options
-    this.#enqueue({ builder: this.#open, pool: smallSlabs, slab: this.#open.payload, firstSeq: this.#openFirstSeq, flags: this.#openFlags, atUnixMs: this.#openAtUnixMs })
+    this.#enqueue({ builder: this.#open, pool: smallSlabs, slabBytes: smallSlabs.slabBytes, firstSeq: this.#openFirstSeq, flags: this.#openFlags, atUnixMs: this.#openAtUnixMs })
     this.#open = this.#spare.pop() ?? new FrameBuilder(smallSlabs.take(), RECORDS_PER_FRAME)
   }
 
   #enqueue(closed: Closed): void {
     this.#closed.push(closed)
-    this.#closedBytes += closed.slab.length
+    this.#closedBytes += closed.slabBytes
     this.#sealSoon ??= setImmediate(() => this.#sealSome())
   }
 
@@ -172,9 +177,16 @@ export class Recorder {
   #sealOne(): void {
     const closed = this.#closed.shift()
     if (closed === undefined) return
-    const { builder, pool, slab, firstSeq, flags, atUnixMs } = closed
-    this.#closedBytes -= slab.length
-    const { keepsSlab, ...frame } = builder.seal({ firstSeq, epoch: this.#epoch, atUnixMs, flags }, this.#options.compressor)
+    const { builder, firstSeq, flags, atUnixMs } = closed
+    const generation = this.#generation
+    this.#options.sealer.seal(builder, { firstSeq, epoch: this.#epoch, atUnixMs, flags }, (sealed) => {
+      if (generation === this.#generation) this.#enqueueSealed(closed, sealed)
+    })
+  }
+
+  #enqueueSealed({ builder, pool, slabBytes }: Closed, { keepsSlab, ...frame }: Sealed): void {
+    this.#closedBytes -= slabBytes
+    const slab = builder.payload
     if (pool === this.#options.smallSlabs) {
       builder.reset(keepsSlab ? pool.take() : slab)
       if (this.#spare.length < MAX_SPARE_BUILDERS) this.#spare.push(builder)
@@ -191,6 +203,7 @@ export class Recorder {
     this.#sealSoon = undefined
     this.#closed = []
     this.#closedBytes = 0
+    this.#generation++
     this.#open.reset()
   }
 }

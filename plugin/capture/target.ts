@@ -2,15 +2,16 @@ import { createServer } from 'node:net'
 import type { Server, Socket } from 'node:net'
 import { rm } from 'node:fs/promises'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
+import { readInto } from '../../core/link/index.ts'
+import type { Reading } from '../../core/link/index.ts'
 import * as nbd from '../../core/nbd/index.ts'
 import { CaptureConnection, MAX_WRITE_BYTES } from './connection.ts'
 import type { CapturedDisk, ConnectionHost } from './connection.ts'
-import { readInto } from './read-into.ts'
 
 export type TargetEvents = {
   /** QEMU (or a handshake check) entered the transmission phase. */
   opened(key: string): void
-  /** That connection is gone. Clean: it said NBD_CMD_DISC between two requests. */
+  /** That connection is gone. Clean: it said NBD_CMD_DISC between two requests, and none was refused. */
   closed(key: string, clean: boolean, why: string): void
 }
 
@@ -20,7 +21,7 @@ const SCRATCH_BYTES = 256 * 1024
 
 /**
  * The NBD target of one VM: a unix socket, one export per disk, named by the disk's key. It only takes: reads are refused.
- * Closing a connection is how capture lets go: QEMU drops the job and the guest goes on.
+ * Closing a connection is how capture lets go: QEMU stops the job and the guest goes on.
  */
 export class CaptureTarget implements AsyncDisposable {
   readonly #path: string
@@ -30,6 +31,8 @@ export class CaptureTarget implements AsyncDisposable {
   readonly #connections = new Map<Socket, CaptureConnection>()
   readonly #sockets = new Set<Socket>()
   #server: Server | undefined
+  /** False: whoever connects is sent away. A job that lost its target tries to connect again with each write of its guest, until it is taken away. */
+  accepting = true
 
   constructor(options: { path: string; disks: readonly CapturedDisk[]; host: ConnectionHost; events: TargetEvents }) {
     this.#path = options.path
@@ -61,6 +64,13 @@ export class CaptureTarget implements AsyncDisposable {
     for (const connection of this.#connections.values()) connection.releaseHeld()
   }
 
+  /** The longest time that half a request has waited for its rest. */
+  stalledMs(nowMs: number): number {
+    let longestMs = 0
+    for (const connection of this.#connections.values()) longestMs = Math.max(longestMs, connection.stalledMs(nowMs))
+    return longestMs
+  }
+
   async [Symbol.asyncDispose](): Promise<void> {
     this.letGo()
     const server = this.#server
@@ -81,7 +91,8 @@ export class CaptureTarget implements AsyncDisposable {
     }
   }
 
-  #negotiate(accepted: Socket): void {
+  #negotiate(socket: Socket): void {
+    if (!this.accepting) return void socket.destroy()
     let why = 'closed by the peer'
     let connection: CaptureConnection | undefined
     let place: Buffer | undefined
@@ -101,9 +112,9 @@ export class CaptureTarget implements AsyncDisposable {
       } else {
         connection.receive(scratch, lengthBytes)
       }
-      if (connection.endedCleanly) socket.end()
+      if (connection.saidGoodbye) socket.end()
     }
-    const socket = readInto(accepted, {
+    const reading: Reading = {
       nextBuffer: () => (place = connection?.placeForPayload()) ?? scratch,
       onRead: (lengthBytes) => {
         try {
@@ -113,7 +124,7 @@ export class CaptureTarget implements AsyncDisposable {
           socket.destroy()
         }
       },
-    })
+    }
     const deadline = setTimeout(() => socket.destroy(), HANDSHAKE_DEADLINE_MS)
     this.#sockets.add(socket)
     socket.on('error', (error) => (why = errorMessage(error)))
@@ -121,6 +132,7 @@ export class CaptureTarget implements AsyncDisposable {
       this.#sockets.delete(socket)
       clearTimeout(deadline)
     })
+    readInto(socket, reading)
     socket.write(handshake.greeting())
   }
 
@@ -131,7 +143,7 @@ export class CaptureTarget implements AsyncDisposable {
     this.#connections.set(socket, connection)
     socket.once('close', () => {
       this.#connections.delete(socket)
-      this.#events.closed(key, connection.endedCleanly, whyClosed())
+      this.#events.closed(key, connection.endedCleanly && !connection.refused, connection.refused ? 'a request was refused' : whyClosed())
     })
     this.#events.opened(key)
     return connection

@@ -1,4 +1,4 @@
-import { describe, expect, test } from '@jest/globals'
+import { describe, expect, jest, test } from '@jest/globals'
 import { loggerTo } from '../../core/log/index.ts'
 import type { LogLine } from '../../core/log/index.ts'
 import type { CheckpointMark } from '../../core/record/index.ts'
@@ -35,6 +35,36 @@ describe('the schedule', () => {
     expect(lines.some(({ level }) => level === 'error')).toBe(true)
     expect(cuts).toBe(2)
   })
+
+  test.each([['back an hour', -3_600_000], ['forward a month', 30 * 86_400_000]])('a wall clock that steps %s stops no cuts, and holds nobody up', async (_, stepMs) => {
+    let cuts = 0
+    let thrice = Promise.withResolvers<void>()
+    const schedule = scheduleCheckpoints(1000, loggerTo('debug', () => undefined), async () => {
+      if (++cuts === 3) thrice.resolve()
+    })
+    await thrice.promise
+    let longestTurnMs = 0
+    let turnMs = performance.now()
+    const turns = setInterval(() => {
+      longestTurnMs = Math.max(longestTurnMs, performance.now() - turnMs)
+      turnMs = performance.now()
+    }, 5)
+    const realNow = Date.now.bind(Date)
+    const clock = jest.spyOn(Date, 'now').mockImplementation(() => realNow() + stepMs)
+    try {
+      cuts = 0
+      const steppedAtMs = performance.now()
+      thrice = Promise.withResolvers<void>()
+      await thrice.promise
+      // What the watchdog would end the plugin for.
+      expect(longestTurnMs).toBeLessThan(1_000)
+      expect(performance.now() - steppedAtMs).toBeLessThan(5_000)
+    } finally {
+      clock.mockRestore()
+      clearInterval(turns)
+      schedule[Symbol.dispose]()
+    }
+  }, 20_000)
 })
 
 describe('the group cut on one node', () => {

@@ -29,6 +29,15 @@ export const findRunningVm = async (paths: ProxmoxPaths, vmId: number): Promise<
   }
 }
 
+/** The arguments that a QEMU was started with; undefined if they cannot be read. */
+export const readCommandLine = async ({ instance }: RunningVm): Promise<string[] | undefined> => {
+  const text = await readFile(`/proc/${instance.split('@')[0]}/cmdline`, 'utf8').catch(() => '')
+  return text === '' ? undefined : text.split('\0')
+}
+
+/** Names this boot of the node; undefined if the kernel does not say. */
+export const readBootId = async (): Promise<string | undefined> => (await readFile('/proc/sys/kernel/random/boot_id', 'utf8').catch(() => '')).trim() || undefined
+
 /** True if the cluster knows that VM (its configuration is on this node). */
 export const vmExists = async (paths: ProxmoxPaths, vmId: number): Promise<boolean> => {
   try {
@@ -37,6 +46,22 @@ export const vmExists = async (paths: ProxmoxPaths, vmId: number): Promise<boole
   } catch (error) {
     if (errorCode(error) === 'ENOENT') return false
     throw new CdpError('IO', `the configuration of VM ${vmId} cannot be looked up`, { cause: error })
+  }
+}
+
+/** Where a VM is by its configuration: on this node; on this node, and being migrated away from it, or just migrated to it (Proxmox's lock); not here. */
+export type Whereabouts = 'here' | 'leaving' | 'elsewhere'
+
+/** Cheap: one read. */
+export const whereaboutsOf = async (paths: ProxmoxPaths, vmId: number): Promise<Whereabouts> => {
+  try {
+    const config = await readFile(join(paths.pveDirectory, 'qemu-server', `${vmId}.conf`), 'utf8')
+    // Sections of snapshots follow; they have locks of their own time.
+    const [current] = config.split(/^\[/m, 1)
+    return /^lock: *migrate *$/m.test(current) ? 'leaving' : 'here'
+  } catch (error) {
+    if (errorCode(error) === 'ENOENT') return 'elsewhere'
+    throw error
   }
 }
 

@@ -1,22 +1,29 @@
 import { randomBytes } from 'node:crypto'
-import { CdpError } from '../../core/errors/index.ts'
+import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import type { Logger } from '../../core/log/index.ts'
 import type { CheckpointKind, CheckpointMark } from '../../core/record/index.ts'
 import type { StateNews } from '../../core/stream/index.ts'
 import { GroupClock } from '../capture/index.ts'
-import type { CaptureWorker } from '../capture/index.ts'
+import type { CaptureWorker, Disowned } from '../capture/index.ts'
 import { CheckpointLabels, LocalPart, cutOnOneNode, cutOverNodes, scheduleCheckpoints } from '../checkpoint/index.ts'
 import type { CutOutcome, CutParticipant, LocalMembers } from '../checkpoint/index.ts'
+import type { Priority } from './bandwidth-keeper.ts'
+import { GroupFence } from './group-fence.ts'
+import type { Fence } from './group-fence.ts'
+import { MemberWatch } from './member-watch.ts'
 import { ProtectedVm } from './protected-vm.ts'
-import type { AgentAddress, ProtectSettings } from './protected-vm.ts'
+import type { AgentAddress, ProtectSettings } from './protect-settings.ts'
+import type { VerifyReport } from './verify-procedure.ts'
+import type { VerifyRecord, VerifyRecords } from './verify-record.ts'
+import type { Hold } from './suspension.ts'
 import type { VmState } from './vm-state.ts'
 import { GroupView, noPeers } from './vpg-peers.ts'
 import type { VpgPeers } from './vpg-peers.ts'
 
 /** What an operator defines. */
-export type VpgDefinition = { name: string; vmIds: number[]; checkpointEveryMs: number }
+export type VpgDefinition = { name: string; vmIds: number[]; checkpointEveryMs: number; /** Whose need of a limited line counts more; normal if it is absent. */ priority?: Priority; /** In which this site has the group; the first one if it is absent. */ generation?: number }
 
-export type VpgEvent = { level: 'info' | 'warn'; kind: string; message: string; context: Record<string, string | number> }
+export type VpgEvent = { level: 'info' | 'warn' | 'error'; kind: string; message: string; context: Record<string, string | number> }
 
 export type VpgOptions = {
   definition: VpgDefinition
@@ -30,6 +37,8 @@ export type VpgOptions = {
   holdMs?: number
   log: Logger
   onEvent: (event: VpgEvent) => void
+  /** Where results of online verifies are kept. */
+  verifies?: VerifyRecords
   nowUnixMs?: () => number
 }
 
@@ -54,6 +63,9 @@ export class Vpg implements AsyncDisposable {
   readonly #nowUnixMs: () => number
   readonly #here = new Map<number, ProtectedVm>()
   readonly #part: LocalPart
+  readonly #watch = new MemberWatch()
+  readonly #fence: GroupFence
+  #saidAhead = false
   readonly #leaving = new Map<number, Promise<void>>()
   #view: GroupView
   #started = false
@@ -63,6 +75,8 @@ export class Vpg implements AsyncDisposable {
   #abandonedCuts = 0
   #saidWhy = ''
   #lastValid: Checkpoint | undefined
+  /** Monotonic: when it was first heard of. */
+  #lastValidSeenMs = 0
 
   constructor(options: VpgOptions) {
     const { definition, log, nowUnixMs } = options
@@ -71,6 +85,8 @@ export class Vpg implements AsyncDisposable {
     this.#log = log.child({ vpg: definition.name })
     this.#nowUnixMs = nowUnixMs ?? Date.now
     this.#view = new GroupView(definition.vmIds, options.nodeOf ?? new Map(definition.vmIds.map((vmId) => [vmId, this.peers.nodeName])))
+    this.#fence = new GroupFence({ stateDirectory: options.settings.stateDirectory, vpg: definition.name, generation: definition.generation, log: this.#log, nowUnixMs: this.#nowUnixMs })
+    this.#fence.subscribe((fence) => this.#onFenced(fence))
     this.#part = new LocalPart(() => this.#membersHere(), options.holdMs ?? HOLD_MS)
     this.#takeIn()
   }
@@ -96,13 +112,24 @@ export class Vpg implements AsyncDisposable {
       const theirs = news.known ? news.report?.lastValid : undefined
       if (theirs !== undefined && theirs.atUnixMs > (newest?.atUnixMs ?? 0)) newest = theirs
     }
-    this.#lastValid = newest
+    if (newest !== undefined) this.#noteValid(newest)
     return newest
+  }
+
+  /** How old the newest valid checkpoint is, in ms; undefined without one. Also by a clock that nobody can set: one that steps back makes nothing younger. */
+  lastValidAgeMs(nowUnixMs: number): number | undefined {
+    const { lastValid } = this
+    return lastValid && Math.max(0, nowUnixMs - lastValid.atUnixMs, performance.now() - this.#lastValidSeenMs)
   }
 
   /** Cuts that were begun by this node, or could not be, because of a member's node, and did not become a checkpoint. */
   get abandonedCuts(): number {
     return this.#abandonedCuts
+  }
+
+  /** The newest verify of a member that is here. */
+  verified(vmId: number): VerifyRecord | undefined {
+    return this.#options.verifies?.known(vmId)
   }
 
   /** The nodes of members that are not here. */
@@ -116,7 +143,7 @@ export class Vpg implements AsyncDisposable {
     this.#schedule = scheduleCheckpoints(this.definition.checkpointEveryMs, this.#log, () => this.#cutOnSchedule())
   }
 
-  /** Members may have moved. One that is on no node any more (deleted, or nobody knows) stays with the node that had it. */
+  /** Called every second or so. Members may have moved. One that is on no node any more (deleted, or nobody knows) stays with the node that had it. */
   place(nodeOf: ReadonlyMap<number, string>): void {
     if (this.#stopped) return
     const withOurs = new Map(nodeOf)
@@ -129,6 +156,7 @@ export class Vpg implements AsyncDisposable {
       this.#leaving.set(vmId, vm.stop(true).finally(() => this.#leaving.delete(vmId)))
     }
     for (const vm of this.#takeIn()) if (this.#started) vm.start()
+    this.#watchMembers(nodeOf)
   }
 
   /**
@@ -153,9 +181,41 @@ export class Vpg implements AsyncDisposable {
     })
   }
 
+  /**
+   * Compares members with the recovery site again, and sends what differs. Without `vmId` all members.
+   * @returns those that sync now
+   * @throws CdpError CONFLICT if one is not in step or not on this node, NOT_FOUND; nothing was begun then
+   */
+  forceSync(vmId?: number): number[] {
+    const vms = this.#chosen(vmId)
+    for (const vm of vms) vm.forceSync('forced by an operator')
+    return vms.map((vm) => vm.vmId)
+  }
+
+  /** Begins an online verify of members, one after the other; `status` and events tell of it. @throws as forceSync */
+  beginVerify(vmId?: number): number[] {
+    const vms = this.#chosen(vmId)
+    void (async () => {
+      for (const vm of vms) {
+        await vm.verify().catch((error: unknown) => {
+          this.#options.onEvent({ level: 'warn', kind: 'verify-ended', message: `the verify of VM ${vm.vmId} did not come to its end: ${errorMessage(error)}`, context: { vpg: this.definition.name, vmId: vm.vmId } })
+        })
+      }
+    })()
+    return vms.map((vm) => vm.vmId)
+  }
+
   /** This node's part in cuts over several nodes, for whoever coordinates them. */
   get part(): LocalPart {
     return this.#part
+  }
+
+  /** @throws CdpError CONFLICT if somebody else's operation keeps capture in a member that is here. A QEMU that does not answer is no reason. */
+  async mustBeTakeable(): Promise<void> {
+    await Promise.all(this.vms.map((vm) => vm.mustBeTakeable().catch((error: unknown) => {
+      // A socket that too many wait for is a CONFLICT as well, of no job.
+      if (error instanceof CdpError && error.code === 'CONFLICT' && error.context['job'] !== undefined) throw error
+    })))
   }
 
   async stop(keepBitmaps: boolean): Promise<void> {
@@ -163,6 +223,7 @@ export class Vpg implements AsyncDisposable {
     this.#schedule?.[Symbol.dispose]()
     this.#schedule = undefined
     await Promise.all([...this.vms.map((vm) => vm.stop(keepBitmaps)), ...this.#leaving.values()])
+    if (!keepBitmaps) await this.#fence.forget()
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -173,12 +234,42 @@ export class Vpg implements AsyncDisposable {
   #takeIn(): ProtectedVm[] {
     const { definition, settings, agent } = this.#options
     const fresh = definition.vmIds.filter((vmId) => this.#view.nodeOf.get(vmId) === this.peers.nodeName && !this.#here.has(vmId) && !this.#leaving.has(vmId)).map((vmId) => new ProtectedVm({
-      vmId, vpg: definition.name, vms: definition.vmIds.map(String), settings, agent, groupClock: this.#clock.buffer, log: this.#log, nowUnixMs: this.#nowUnixMs,
+      vmId, vpg: definition.name, vms: definition.vmIds.map(String), settings, agent, arrived: this.#started, groupClock: this.#clock.buffer, fence: this.#fence, log: this.#log, nowUnixMs: this.#nowUnixMs,
+      onAhead: (disowned) => this.#onAhead(disowned),
       onChange: (id, state) => this.#onChange(id, state),
       onNews: (news) => this.#onNews(news),
+      onVerified: (id, report, where) => this.#onVerified(id, report, where),
+      // The instant of a round is its own: with another VM in the group it would be no cut.
+      ...(definition.vmIds.length === 1 ? { roundMark: () => this.#newMark('automatic') } : {}),
+      onHoldExpired: (vmId, hold) => this.#onHoldExpired(vmId, hold),
     }))
-    for (const vm of fresh) this.#here.set(vm.vmId, vm)
+    for (const vm of fresh) {
+      this.#here.set(vm.vmId, vm)
+      // For the status; a verify reads it again.
+      this.#options.verifies?.read(vm.vmId).catch((error: unknown) => this.#log.warn('the result of the last verify cannot be read', { vmId: vm.vmId, error: errorMessage(error) }))
+    }
     return fresh
+  }
+
+  #chosen(vmId?: number): ProtectedVm[] {
+    const wanted = vmId === undefined ? this.definition.vmIds : [vmId]
+    return wanted.map((id) => {
+      if (!this.definition.vmIds.includes(id)) throw new CdpError('NOT_FOUND', `VM ${id} is not in ${this.definition.name}`, { hint: `It protects VM ${this.definition.vmIds.join(', ')}.` })
+      const vm = this.#here.get(id)
+      const node = this.#view.nodeOf.get(id)
+      if (vm === undefined) throw new CdpError('CONFLICT', `VM ${id} is ${node === undefined ? 'on no node of this cluster' : `on node ${node}`}`, { hint: 'Run the command on the node that has it, with --vm.' })
+      if (vm.state.is !== 'streaming') throw new CdpError('CONFLICT', `VM ${id} is ${vm.state.is} (${vm.state.why})`, { retry: true, hint: 'Wait until it is streaming; whatever brings it in step again syncs it.' })
+      return vm
+    })
+  }
+
+  #onVerified(vmId: number, report: VerifyReport, where: string): void {
+    const { comparedBytes, undecidedBytes, differingBytes } = report
+    const context = { vpg: this.definition.name, vmId, comparedBytes, undecidedBytes, differingBytes }
+    const undecided = undecidedBytes > 0 ? `; ${undecidedBytes} bytes were written all the time and are undecided` : ''
+    if (differingBytes > 0) this.#options.onEvent({ level: 'error', kind: 'verify-difference', message: `VM ${vmId}: ${differingBytes} bytes differ at the recovery site: ${where}; they are synced now${undecided}`, context })
+    else this.#options.onEvent({ level: 'info', kind: 'verified', message: `VM ${vmId}: the recovery site holds what the source has${undecided}`, context })
+    this.#options.verifies?.write(vmId, this.#nowUnixMs(), report).catch((error: unknown) => this.#log.warn('the result of a verify could not be kept', { vmId, error: errorMessage(error) }))
   }
 
   async #cutOnSchedule(): Promise<void> {
@@ -212,16 +303,20 @@ export class Vpg implements AsyncDisposable {
   /** Cuts; tries again when somebody was only too slow. Each abandoned try is counted. */
   async #attempt(kind: CheckpointKind, tag?: string): Promise<{ checkpoint: Checkpoint; outcome: CutOutcome }> {
     for (let attempt = 1; ; attempt++) {
-      const { definition } = this
-      const atUnixMs = this.#labels.next(Math.max(this.#nowUnixMs(), (this.lastValid?.atUnixMs ?? 0) + 1))
-      const id = `${atUnixMs.toString(36)}-${randomBytes(4).toString('hex')}`
-      const mark: CheckpointMark = { id, vpg: definition.name, vms: definition.vmIds.map(String), atUnixMs, kind, ...(tag === undefined ? {} : { tag }) }
+      const mark = this.#newMark(kind, tag)
+      const { id, atUnixMs } = mark
       const outcome = await this.#cut(mark)
       if (outcome.ok) this.#saidWhy = ''
       else this.#abandon(outcome.why)
       if (outcome.ok || outcome.retry !== true || attempt === ATTEMPTS || this.#stopped) return { checkpoint: { id, atUnixMs }, outcome }
       await new Promise((resolve) => setTimeout(resolve, ATTEMPT_PAUSE_MS))
     }
+  }
+
+  #newMark(kind: CheckpointKind, tag?: string): CheckpointMark {
+    const { name, vmIds } = this.definition
+    const atUnixMs = this.#labels.next(Math.max(this.#nowUnixMs(), (this.lastValid?.atUnixMs ?? 0) + 1))
+    return { id: `${atUnixMs.toString(36)}-${randomBytes(4).toString('hex')}`, vpg: name, vms: vmIds.map(String), atUnixMs, kind, ...(tag === undefined ? {} : { tag }) }
   }
 
   async #cut(mark: CheckpointMark): Promise<CutOutcome> {
@@ -273,14 +368,54 @@ export class Vpg implements AsyncDisposable {
 
   #onChange(vmId: number, state: VmState): void {
     this.#options.onEvent({
-      level: state.is === 'tracking' ? 'warn' : 'info',
+      level: state.is === 'fenced' ? 'error' : state.is === 'tracking' ? 'warn' : 'info',
       kind: `vm-${state.is}`,
       message: `VM ${vmId} is ${state.is}: ${state.why}`,
       context: { vpg: this.definition.name, vmId },
     })
   }
 
+  /** A member that nobody protects is an error to be told, not silence. */
+  #watchMembers(nodeOf: ReadonlyMap<number, string>): void {
+    const { name, vmIds } = this.definition
+    const troubles = new Map<number, string>()
+    for (const vmId of vmIds) {
+      const node = nodeOf.get(vmId)
+      if (node === undefined) troubles.set(vmId, 'it is on no node of this cluster any more')
+      if (node === undefined || node === this.peers.nodeName) continue
+      const news = this.peers.news(node, name)
+      if (!news.known) troubles.set(vmId, `it is on node ${node}, and the plugin there does not say that it protects it: ${news.why}`)
+      else if (news.report === undefined) troubles.set(vmId, `it is on node ${node}, and the plugin there does not know the group`)
+    }
+    for (const news of this.#watch.look(troubles, performance.now())) {
+      const context = { vpg: name, vmId: news.vmId }
+      if (news.is === 'back') this.#options.onEvent({ level: 'info', kind: 'member-back', message: `VM ${news.vmId} of ${name} is looked after again`, context })
+      else this.#options.onEvent({ level: 'error', kind: 'member-unprotected', message: `VM ${news.vmId} of ${name} is not protected: ${news.why}`, context })
+    }
+  }
+
+  #onFenced({ why, hint }: Fence): void {
+    this.#options.onEvent({ level: 'error', kind: 'group-fenced', message: `capture of ${this.definition.name} has ended: ${why}. ${hint}`, context: { vpg: this.definition.name } })
+  }
+
+  #onAhead({ message, hint }: Disowned): void {
+    if (this.#saidAhead) return
+    this.#saidAhead = true
+    this.#options.onEvent({ level: 'error', kind: 'group-ahead', message: `${message}. ${hint ?? ''}`, context: { vpg: this.definition.name } })
+  }
+
+  #onHoldExpired(vmId: number, { owner, reason }: Hold): void {
+    this.#options.onEvent({
+      level: 'warn', kind: 'suspension-expired', message: `capture of VM ${vmId} was held suspended by ${owner} (${reason}) up to its limit: the hold has ended`, context: { vpg: this.definition.name, vmId, owner },
+    })
+  }
+
   #onNews({ validCheckpoint }: StateNews): void {
-    if (validCheckpoint !== undefined && validCheckpoint.atUnixMs > (this.#lastValid?.atUnixMs ?? 0)) this.#lastValid = validCheckpoint
+    if (validCheckpoint !== undefined && validCheckpoint.atUnixMs > (this.#lastValid?.atUnixMs ?? 0)) this.#noteValid(validCheckpoint)
+  }
+
+  #noteValid(newest: Checkpoint): void {
+    if (newest.id !== this.#lastValid?.id) this.#lastValidSeenMs = performance.now()
+    this.#lastValid = newest
   }
 }

@@ -1,5 +1,5 @@
 import { CdpError } from '../../core/errors/index.ts'
-import { foreignJobOn } from './block-state.ts'
+import { blockingJob } from './block-state.ts'
 import type { BlockState } from './block-state.ts'
 import type { QemuDisk } from './disks.ts'
 import { bitmapName, bitmapNumber, isOurs, keyOfName, namesOf } from './names.ts'
@@ -37,7 +37,7 @@ const refuse = (disk: QemuDisk, why: string, hint: string, retry = false): never
 
 /**
  * The steps that attach capture to `disks`, from the state of the VM's block layer. Bitmaps first, in one transaction: they
- * tell what is missed before READY and after a loss. On 8.4 the shield follows: pause, standby, add, resume, re-point.
+ * tell what is missed before READY and after a loss. On 8.4 the shield follows: pause, standby, add, re-point, resume.
  * @throws CdpError CONFLICT when something of ours is attached already, or a foreign job holds a disk.
  */
 export const planAttach = (disks: readonly QemuDisk[], state: BlockState, target: AttachTarget): AttachPlan => {
@@ -45,7 +45,7 @@ export const planAttach = (disks: readonly QemuDisk[], state: BlockState, target
     const names = namesOf(disk.key)
     const mine = [...state.jobs.map((job) => job.id), ...state.nodes.map((node) => node.name)].find((name) => isOurs(name) && keyOfName(name) === disk.key)
     if (mine !== undefined) refuse(disk, `${mine} is there already`, 'Detach first, or repair what an earlier run left.')
-    if (foreignJobOn(disk.key, state)) refuse(disk, 'a backup, a disk move or another block job runs on it', 'Wait until that operation has ended.', true)
+    if (blockingJob([disk.key], state)) refuse(disk, 'a backup, a disk move or another block job runs on it', 'Wait until that operation has ended.', true)
     if (names.target.length > 31) refuse(disk, 'its name is too long', 'QEMU takes node names of up to 31 characters.')
   }
   const bitmaps = new Map(disks.map((disk) => [disk.key, currentBitmap(disk, state)]))
@@ -68,10 +68,12 @@ const addTarget = ({ key }: QemuDisk, target: AttachTarget): AttachStep => ({
   },
 })
 
+// A job whose target dies stands still and is ended by us (see detach.ts). One that ended by itself (`report`) would do so in the middle of whatever
+// drains QEMU just then, also of a job that dies beside it: QEMU 10.0 was seen to abort and to corrupt its memory.
 const startMirror = ({ key, rootNode, sizeBytes }: QemuDisk): AttachStep => ({
   is: 'command', key, command: 'blockdev-mirror',
   args: {
-    'job-id': namesOf(key).job, device: rootNode, target: namesOf(key).target, sync: 'none', 'copy-mode': 'write-blocking', 'on-target-error': 'report',
+    'job-id': namesOf(key).job, device: rootNode, target: namesOf(key).target, sync: 'none', 'copy-mode': 'write-blocking', 'on-target-error': 'stop',
     granularity: jobGranularityBytes(sizeBytes), 'filter-node-name': namesOf(key).filter,
   },
 })
@@ -82,7 +84,8 @@ const raiseShield = ({ key, qomPath }: QemuDisk): AttachStep[] => {
     { is: 'command', key, command: 'job-pause', args: { id: job } },
     { is: 'wait-standby', key, job },
     { is: 'command', key, command: 'blockdev-add', args: { driver: 'raw', 'node-name': shield, file: filter } },
-    { is: 'command', key, command: 'job-resume', args: { id: job } },
+    // While the job is paused it cannot end: see detach.ts.
     { is: 'command', key, command: 'qom-set', args: { path: qomPath, property: 'drive', value: shield } },
+    { is: 'command', key, command: 'job-resume', args: { id: job } },
   ]
 }

@@ -58,3 +58,9 @@ export const dropRotated = async (qmp: Pick<Qmp, 'execute'>, disks: readonly Qem
   }
   return still.map(({ node, name }) => `${node}/${name}`)
 }
+
+/** Keys of the disks on which a bitmap of ours records. */
+export const recordingKeys = async (qmp: Pick<Qmp, 'execute'>, disks: readonly QemuDisk[]): Promise<Set<string>> => {
+  const nodes = readNodes(await qmp.execute('query-named-block-nodes', { flat: true }))
+  return new Set(disks.filter((disk) => oursOn(disk, nodes).some(({ recording }) => recording)).map(({ key }) => key))
+}

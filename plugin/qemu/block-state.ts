@@ -1,9 +1,10 @@
 import { asList, asObject, booleanField, countField, listField, objectField, optionalField, stringField } from '../../core/qmp/index.ts'
 import type { JsonObject, Qmp } from '../../core/qmp/index.ts'
+import { namesOf } from './names.ts'
 
 export type BlockBitmap = { name: string; node: string; recording: boolean; busy: boolean; granularityBytes: number; dirtyBytes: number }
-export type BlockNode = { name: string; driver: string; bitmaps: readonly BlockBitmap[] }
-export type BlockJob = { id: string; status: string; ready: boolean; paused: boolean }
+export type BlockJob = { id: string; /** 'mirror', 'backup', ... */ type: string; status: string; ready: boolean; paused: boolean; /** An error of its target has stopped it: nothing passes it any more. */ failed: boolean }
+export type BlockNode = { name: string; driver: string; bitmaps: readonly BlockBitmap[]; /** What QEMU calls its file; of a node of the driver `file`, a path. */ file?: string; /** It shows what another image holds. */ hasBacking?: boolean }
 export type BlockExport = { id: string; node: string; shuttingDown: boolean }
 
 /** A guest device with a medium in it, as query-block tells it. */
@@ -37,7 +38,11 @@ const readBitmap = (node: string) => (value: unknown): BlockBitmap => {
 const readNode = (value: unknown): BlockNode => {
   const node = asObject(value, 'a block node')
   const name = stringField(node, 'node-name')
-  return { name, driver: stringField(node, 'drv'), bitmaps: (optionalField(node, 'dirty-bitmaps', listField) ?? []).map(readBitmap(name)) }
+  const file = optionalField(node, 'file', stringField)
+  return {
+    name, driver: stringField(node, 'drv'), bitmaps: (optionalField(node, 'dirty-bitmaps', listField) ?? []).map(readBitmap(name)),
+    ...(file === undefined ? {} : { file }), hasBacking: (optionalField(node, 'backing_file_depth', countField) ?? 0) > 0,
+  }
 }
 
 /** Answer of query-named-block-nodes. */
@@ -59,7 +64,7 @@ export const readDevices = (answer: unknown): BlockDevice[] =>
 export const readJobs = (answer: unknown): BlockJob[] =>
   asList(answer, 'query-block-jobs').map((value) => {
     const job = asObject(value, 'a block job')
-    return { id: stringField(job, 'device'), status: stringField(job, 'status'), ready: booleanField(job, 'ready'), paused: booleanField(job, 'paused') }
+    return { id: stringField(job, 'device'), type: stringField(job, 'type'), status: stringField(job, 'status'), ready: booleanField(job, 'ready'), paused: booleanField(job, 'paused'), failed: stringField(job, 'io-status') !== 'ok' }
   })
 
 /** Answer of query-block-exports. */
@@ -86,8 +91,21 @@ export const readChains = (answer: unknown): Map<string, string[]> => {
   return chains
 }
 
-/** The job of somebody else (backup, disk move) on a disk: Proxmox names it after the drive on both graphs. */
-export const foreignJobOn = (key: string, state: Pick<BlockState, 'jobs'>): BlockJob | undefined => state.jobs.find((job) => job.id === `drive-${key}`)
+/** The job of somebody else (backup, disk move) on a disk: Proxmox names it after the drive; a disk move on 9.x is 'mirror-scsi0'. */
+export const foreignJobOn = (key: string, state: Pick<BlockState, 'jobs'>): BlockJob | undefined => state.jobs.find((job) => job.id === `drive-${key}` || job.id === `mirror-${key}`)
+
+/**
+ * The job of somebody else that does not let capture be attached to or taken from one of the disks. A backup is none on 9.x: it works
+ * below the node that our job is on.
+ */
+export const blockingJob = (keys: readonly string[], state: Pick<BlockState, 'jobs' | 'nodes'>): { key: string; job: BlockJob } | undefined => {
+  for (const key of keys) {
+    const job = foreignJobOn(key, state)
+    const isBlockdev = state.nodes.some(({ name }) => name === `drive-${key}`) && !state.nodes.some(({ name }) => name === namesOf(key).shield)
+    if (job !== undefined && !(isBlockdev && job.type === 'backup')) return { key, job }
+  }
+  return undefined
+}
 
 export const queryBlockState = async (qmp: Pick<Qmp, 'execute'>): Promise<BlockState> => {
   const [devices, nodes, jobs, exports] = await Promise.all([

@@ -1,6 +1,6 @@
 import { asList, asObject, countField, objectField, optionalField, stringField } from '../../core/qmp/index.ts'
 import type { Qmp } from '../../core/qmp/index.ts'
-import { readJobs } from './block-state.ts'
+import { readChains, readJobs } from './block-state.ts'
 import type { BlockJob } from './block-state.ts'
 import { keyOfQdev } from './disks.ts'
 import { namesOf } from './names.ts'
@@ -14,29 +14,30 @@ export type DiskCounters = {
   unmapOperations: number
   failedWrOperations: number
   failedUnmapOperations: number
-  job: Omit<BlockJob, 'id'> | undefined
-  /** The guest's root node is our filter or shield and the job runs. False after a disk move: an orphaned job. */
+  job: Omit<BlockJob, 'id' | 'type'> | undefined
+  /** The guest's writes come by our job's filter, whatever others have put above it, and the job runs. False after a disk move: an orphaned job. */
   onPath: boolean
 }
 
 /** Pure: answers of query-blockstats and query-block-jobs to counters by disk key. */
 export const readDiskCounters = (stats: unknown, jobs: readonly BlockJob[]): Map<string, DiskCounters> => {
   const counters = new Map<string, DiskCounters>()
+  const chains = readChains(stats)
   for (const value of asList(stats, 'query-blockstats')) {
     const entry = asObject(value, 'block statistics')
-    const key = keyOfQdev(optionalField(entry, 'qdev', stringField) ?? '')
+    const qdev = optionalField(entry, 'qdev', stringField) ?? ''
+    const key = keyOfQdev(qdev)
     if (key === undefined) continue
     const numbers = objectField(entry, 'stats')
     const names = namesOf(key)
-    const root = optionalField(entry, 'node-name', stringField)
     const found = jobs.find((job) => job.id === names.job)
     counters.set(key, {
       key,
       wrBytes: countField(numbers, 'wr_bytes'), wrOperations: countField(numbers, 'wr_operations'),
       unmapBytes: countField(numbers, 'unmap_bytes'), unmapOperations: countField(numbers, 'unmap_operations'),
       failedWrOperations: countField(numbers, 'failed_wr_operations'), failedUnmapOperations: countField(numbers, 'failed_unmap_operations'),
-      job: found && { status: found.status, ready: found.ready, paused: found.paused },
-      onPath: found !== undefined && (root === names.filter || root === names.shield),
+      job: found && { status: found.status, ready: found.ready, paused: found.paused, failed: found.failed },
+      onPath: found !== undefined && !found.failed && (chains.get(qdev) ?? []).includes(names.filter),
     })
   }
   return counters

@@ -47,12 +47,20 @@ describe('names', () => {
 
 describe('counters', () => {
   const stats = { wr_bytes: 4096, wr_operations: 1, unmap_bytes: 8, unmap_operations: 2, failed_wr_operations: 3, failed_unmap_operations: 4 }
-  const job = { id: 'cdp-job-scsi0', status: 'ready', ready: true, paused: false }
+  const job = { id: 'cdp-job-scsi0', type: 'mirror', status: 'ready', ready: true, paused: false, failed: false }
 
-  test.each([['cdp-filter-scsi0', true], ['cdp-shield-scsi0', true], ['drive-scsi0', false]])('a job under root node %s: the guest passes it: %j', (root, onPath) => {
-    expect(readDiskCounters([{ device: '', qdev: 'scsi0', 'node-name': root, stats }], [job]).get('scsi0')).toEqual({
+  test.each([
+    [['cdp-filter-scsi0', 'drive-scsi0', 'f'], true],
+    [['cdp-shield-scsi0', 'cdp-filter-scsi0', '#block1'], true],
+    // A backup's filter above the shield.
+    [['#block7', 'cdp-shield-scsi0', 'cdp-filter-scsi0', '#block1'], true],
+    [['drive-scsi0', 'f'], false],
+    [['#block9', '#block8'], false],
+  ])('a job and a chain of %j: the guest passes it: %j', (chain, onPath) => {
+    const entry = chain.reduceRight<object | undefined>((below, name) => ({ 'node-name': name, ...(below === undefined ? {} : { parent: below }) }), undefined)
+    expect(readDiskCounters([{ device: '', qdev: 'scsi0', stats, ...entry }], [job]).get('scsi0')).toEqual({
       key: 'scsi0', wrBytes: 4096, wrOperations: 1, unmapBytes: 8, unmapOperations: 2, failedWrOperations: 3, failedUnmapOperations: 4,
-      job: { status: 'ready', ready: true, paused: false }, onPath })
+      job: { status: 'ready', ready: true, paused: false, failed: false }, onPath })
   })
 
   test('a shield without a job is not the way through us, and a counter that is no number is refused', () => {

@@ -1,11 +1,15 @@
+import { isAbsolute } from 'node:path'
 import { CdpError } from '../../core/errors/index.ts'
 import type { Qmp } from '../../core/qmp/index.ts'
 import { queryBlockState, readChains } from './block-state.ts'
-import type { BlockDevice, BlockState } from './block-state.ts'
+import type { BlockDevice, BlockNode, BlockState } from './block-state.ts'
 import { isOurs } from './names.ts'
 
 /** '8.4': -drive, the root is the format node. '9.x': -blockdev with a throttle node on top. */
 export type GraphShape = '8.4' | '9.x' | 'unknown'
+
+/** The one file that holds all of a disk. `raw`: nothing but the guest's own data. */
+export type DiskImage = { path: string; raw: boolean }
 
 /** A disk of a running VM, described as it is without us: nodes of ours and filters of running jobs are skipped. */
 export type QemuDisk = {
@@ -24,6 +28,8 @@ export type QemuDisk = {
   bitmapNode: string
   /** What bulk reads go to: below our job, below the guest's throttle. */
   readNode: string
+  /** Undefined for a block device, an image with a backing file, and whatever else is no single file. */
+  image?: DiskImage
   /** Object id of the disk's iothread. */
   iothread: string | undefined
 }
@@ -39,6 +45,15 @@ export const keyOfQdev = (qdev: string): string | undefined => {
   return keyPattern.test(key) ? key : undefined
 }
 
+/** The object whose `drive` property names the root node of a device. */
+export const qomPathOf = (qdev: string): string => (qdev.startsWith('/') ? qdev : `/machine/peripheral/${qdev}`)
+
+const imageOf = (nodes: readonly (BlockNode | undefined)[]): DiskImage | undefined => {
+  const storage = nodes.at(-1)
+  if (storage?.driver !== 'file' || storage.file === undefined || !isAbsolute(storage.file) || nodes.some((node) => node?.hasBacking === true)) return undefined
+  return { path: storage.file, raw: nodes.slice(0, -1).every((node) => node?.driver === 'raw' || node?.driver === 'throttle') }
+}
+
 /** Pure: the disk behind a device, from its nodes top down. Undefined if it is none that can be protected. */
 export const describeDisk = (device: BlockDevice, chain: readonly string[], state: Pick<BlockState, 'nodes'>): Omit<QemuDisk, 'iothread'> | undefined => {
   const key = keyOfQdev(device.qdev)
@@ -49,12 +64,20 @@ export const describeDisk = (device: BlockDevice, chain: readonly string[], stat
   if (!root) return undefined
   const throttle = root.driver === 'throttle' ? root : undefined
   const format = throttle ? below : root
+  const image = imageOf(nodes.map(({ name }) => state.nodes.find((node) => node.name === name)))
   if (!format) return undefined
   const shape = throttle ? (device.backend === '' ? '9.x' : 'unknown') : device.backend === '' ? 'unknown' : '8.4'
   return {
-    key, qdev: device.qdev, qomPath: device.qdev.startsWith('/') ? device.qdev : `/machine/peripheral/${device.qdev}`, shape, sizeBytes: device.sizeBytes,
+    key, qdev: device.qdev, qomPath: qomPathOf(device.qdev), shape, sizeBytes: device.sizeBytes,
     rootNode: root.name, formatNode: format.name, throttleNode: throttle?.name, bitmapNode: root.name, readNode: format.name,
+    ...(image === undefined ? {} : { image }),
   }
+}
+
+/** Pure: all disks that can be protected, from the state and the answer of query-blockstats. */
+export const describeDisks = (state: Pick<BlockState, 'nodes' | 'devices'>, stats: unknown): Omit<QemuDisk, 'iothread'>[] => {
+  const chains = readChains(stats)
+  return state.devices.flatMap((device) => describeDisk(device, chains.get(device.qdev) ?? [], state) ?? [])
 }
 
 /**
@@ -64,8 +87,7 @@ export const describeDisk = (device: BlockDevice, chain: readonly string[], stat
 export const discoverDisks = async (qmp: Pick<Qmp, 'execute' | 'version'>): Promise<QemuDisk[]> => {
   requireVersion(qmp)
   const [state, stats] = await Promise.all([queryBlockState(qmp), qmp.execute('query-blockstats')])
-  const chains = readChains(stats)
-  const found = state.devices.flatMap((device) => describeDisk(device, chains.get(device.qdev) ?? [], state) ?? [])
+  const found = describeDisks(state, stats)
   const disks = await Promise.all(found.map(async (disk) => ({ ...disk, iothread: await findIoThread(qmp, disk.key) })))
   return disks.sort((one, other) => (one.key < other.key ? -1 : 1))
 }

@@ -1,15 +1,19 @@
 import { CdpError } from '../../core/errors/index.ts'
 import type { Qmp, QmpEvent } from '../../core/qmp/index.ts'
 import { readJobs } from './block-state.ts'
+import type { BlockJob } from './block-state.ts'
 
 export type JobWait = { deadlineMs: number; sinceMark: number; signal?: AbortSignal }
 
 const endsJob = (event: QmpEvent, job: string): boolean =>
   (event.event === 'BLOCK_JOB_COMPLETED' || event.event === 'BLOCK_JOB_CANCELLED') && event.data['device'] === job
 
-/** @throws CdpError CAPTURE_ATTACH when the job ends instead; TIMEOUT; CLOSED. */
+/** The job stands still: its target did not take what it was given. */
+const failsJob = (event: QmpEvent, job: string): boolean => event.event === 'BLOCK_JOB_ERROR' && event.data['device'] === job
+
+/** @throws CdpError CAPTURE_ATTACH when the job ends or fails instead; TIMEOUT; CLOSED. */
 export const waitForReady = async (qmp: Qmp, job: string, wait: JobWait): Promise<void> => {
-  const event = await qmp.waitForEvent((candidate) => endsJob(candidate, job) || (candidate.event === 'BLOCK_JOB_READY' && candidate.data['device'] === job), wait)
+  const event = await qmp.waitForEvent((candidate) => endsJob(candidate, job) || failsJob(candidate, job) || (candidate.event === 'BLOCK_JOB_READY' && candidate.data['device'] === job), wait)
   if (event.event === 'BLOCK_JOB_READY') return
   const reason = typeof event.data['error'] === 'string' ? event.data['error'] : 'no reason given'
   throw new CdpError('CAPTURE_ATTACH', `The mirror job ${job} ended before it was ready: ${reason}`, { context: { job, reason } })
@@ -31,9 +35,18 @@ export const waitForStandby = async (qmp: Qmp, job: string, wait: JobWait): Prom
   }
 }
 
+const forgetsJob = (event: QmpEvent, job: string): boolean => event.event === 'JOB_STATUS_CHANGE' && event.data['id'] === job && event.data['status'] === 'null'
+
 /** Waits until QEMU has forgotten the job: its filter is out of the graph then. @throws CdpError TIMEOUT; CLOSED. */
 export const waitForGone = async (qmp: Qmp, job: string, wait: JobWait): Promise<void> => {
-  const isThere = readJobs(await qmp.execute('query-block-jobs')).some((candidate) => candidate.id === job)
-  if (!isThere) return
-  await qmp.waitForEvent((event) => event.event === 'JOB_STATUS_CHANGE' && event.data['id'] === job && event.data['status'] === 'null', wait)
+  if (await jobOf(qmp, job)) await qmp.waitForEvent((event) => forgetsJob(event, job), wait)
 }
+
+/** The same; false if an error of its target stopped it instead. @throws CdpError TIMEOUT; CLOSED. */
+export const endsByItself = async (qmp: Qmp, job: string, wait: JobWait): Promise<boolean> => {
+  const found = await jobOf(qmp, job)
+  if (found === undefined || found.failed) return found === undefined
+  return forgetsJob(await qmp.waitForEvent((event) => forgetsJob(event, job) || failsJob(event, job), wait), job)
+}
+
+const jobOf = async (qmp: Qmp, job: string): Promise<BlockJob | undefined> => readJobs(await qmp.execute('query-block-jobs')).find((candidate) => candidate.id === job)

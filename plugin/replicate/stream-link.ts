@@ -1,14 +1,21 @@
 import type { Duplex } from 'node:stream'
 import { CdpError, toCdpError } from '../../core/errors/index.ts'
-import type { Hello, StateNews, Welcome } from '../../core/stream/index.ts'
-import type { FrameQueue } from '../buffer/index.ts'
+import { HASH_EXTENT_BYTES } from '../../core/stream/index.ts'
+import type { ExtentHashes, HashRequest, Hello, StateNews, Welcome } from '../../core/stream/index.ts'
+import type { SendQueue } from '../buffer/index.ts'
+import { HashQuestions } from './hash-questions.ts'
+import type { RateLimit } from './rate-limit.ts'
 import { StreamSender } from './stream-sender.ts'
 
 const RECONNECT_FIRST_MS = 250
 const RECONNECT_MAX_MS = 10_000
 
+const isDisowned = (error: unknown): error is CdpError => error instanceof CdpError && (error.code === 'FENCED' || error.code === 'GENERATION_AHEAD')
+
 export type StreamLinkOptions = {
-  queue: FrameQueue
+  queue: SendQueue
+  /** See StreamSenderOptions. */
+  limit?: RateLimit
   connect: (signal: AbortSignal) => Promise<Duplex>
   /** Introduces the VM; epoch 0 asks for a new attach. */
   hello: (epoch: number, reason: string) => Hello
@@ -18,6 +25,8 @@ export type StreamLinkOptions = {
   onDown: (why: string) => void
   /** This attach has no future: a newer one owns the journal, the agent refuses, or it lost what it had acknowledged. */
   onOver: (why: string) => void
+  /** The agent has the group in another generation than we (FENCED, GENERATION_AHEAD). */
+  onDisowned?: (error: CdpError) => void
   onDurable: (durableSeq: number) => void
   onNews: (news: StateNews) => void
 }
@@ -28,13 +37,22 @@ export type StreamLinkOptions = {
  */
 export class StreamLink implements AsyncDisposable {
   readonly #options: StreamLinkOptions
+  readonly #questions = new HashQuestions((request) => {
+    if (!this.#up || this.#sender === undefined) throw new CdpError('CLOSED', 'the link is down', { retry: true })
+    this.#sender.askHashes(request)
+  })
   #sender: StreamSender | undefined
+  #opening: StreamSender | undefined
   #up = false
   #epoch = 0
   #durableSeq = 0
+  #sentBytes = 0
   #reconnect: NodeJS.Timeout | undefined
   #reconnectMs = RECONNECT_FIRST_MS
   #disposed = false
+  #over = false
+  /** The agent said that it answers questions for hashes; one that did not takes them for a broken stream. */
+  #offersHashes = false
 
   constructor(options: StreamLinkOptions) {
     this.#options = options
@@ -42,6 +60,16 @@ export class StreamLink implements AsyncDisposable {
 
   get up(): boolean {
     return this.#up
+  }
+
+  /** The attach has a future: it is up, or comes back. */
+  get goesOn(): boolean {
+    return this.#epoch > 0 && !this.#over
+  }
+
+  /** Bytes of frames sent, over all connections; what was sent again counts again. */
+  get sentBytes(): number {
+    return this.#sentBytes
   }
 
   /** Everything up to here is durable at the agent. */
@@ -57,13 +85,25 @@ export class StreamLink implements AsyncDisposable {
   async open(reason: string, begin: (welcome: Welcome) => void): Promise<boolean> {
     await this.close()
     const sender = this.#newSender()
-    const welcome = await sender.open(this.#options.hello(0, reason))
+    this.#opening = sender
+    const welcome = await sender.open(this.#options.hello(0, reason)).catch((error: unknown) => {
+      if (isDisowned(error)) this.#options.onDisowned?.(error)
+      throw error
+    }).finally(() => {
+      if (this.#opening === sender) this.#opening = undefined
+    })
     const agentLostData = welcome.durableSeq < this.#durableSeq
     this.#epoch = welcome.epoch
+    this.#over = false
     this.#durableSeq = welcome.durableSeq
     begin(welcome)
     this.#use(sender, welcome)
     return agentLostData
+  }
+
+  /** Ends an `open` that waits for the agent: it rejects with ABORTED. */
+  cancelOpen(): void {
+    void this.#opening?.[Symbol.asyncDispose]()
   }
 
   /** Sends what the queue has. */
@@ -71,9 +111,21 @@ export class StreamLink implements AsyncDisposable {
     if (this.#up) this.#sender?.pump()
   }
 
-  /** Says that nothing will follow. */
+  /** What the agent holds of a range of extents. @throws as HashQuestions.ask; CLOSED at once while the link is down */
+  askHashes(question: Omit<HashRequest, 'requestId'>): Promise<ExtentHashes> {
+    return this.#questions.ask(question)
+  }
+
+  /** Nothing more will be asked for now: the agent need not keep what it answered from. */
+  restHashes(): void {
+    if (this.#up && this.#offersHashes) this.#sender?.askHashes({ requestId: 0, disk: 0, asOfSeq: 0, offsetBytes: 0, extentBytes: HASH_EXTENT_BYTES, extentCount: 0 })
+  }
+
+  /** Says that nothing will follow; it does not come back until `open`. */
   end(): void {
     this.#up = false
+    this.#epoch = 0
+    this.#questions.drop('the stream has ended')
     this.#sender?.end()
   }
 
@@ -84,6 +136,7 @@ export class StreamLink implements AsyncDisposable {
     const sender = this.#sender
     this.#sender = undefined
     this.#up = false
+    this.#questions.drop('the stream was closed')
     await sender?.[Symbol.asyncDispose]()
   }
 
@@ -95,11 +148,16 @@ export class StreamLink implements AsyncDisposable {
   #newSender(): StreamSender {
     const sender: StreamSender = new StreamSender({
       queue: this.#options.queue,
+      ...(this.#options.limit === undefined ? {} : { limit: this.#options.limit }),
       connect: this.#options.connect,
       onDurable: (durableSeq) => {
         if (this.#sender === sender) this.#durable(durableSeq)
       },
       onNews: this.#options.onNews,
+      onSent: (lengthBytes) => (this.#sentBytes += lengthBytes),
+      onHashes: (reply) => {
+        if (this.#sender === sender) this.#questions.take(reply)
+      },
       onLost: (error) => {
         if (this.#sender === sender) this.#lost(error)
       },
@@ -107,9 +165,10 @@ export class StreamLink implements AsyncDisposable {
     return sender
   }
 
-  #use(sender: StreamSender, { durableSeq }: Welcome): void {
+  #use(sender: StreamSender, { durableSeq, hashes }: Welcome): void {
     this.#sender = sender
     this.#up = true
+    this.#offersHashes = hashes === true
     this.#reconnectMs = RECONNECT_FIRST_MS
     this.#options.queue.rewind(durableSeq)
     this.#durable(durableSeq)
@@ -127,9 +186,16 @@ export class StreamLink implements AsyncDisposable {
     const wasUp = this.#up
     this.#sender = undefined
     this.#up = false
+    this.#questions.drop(error.message)
     if (wasUp) this.#options.onDown(error.message)
-    if (error.code === 'STALE_EPOCH' || error.code === 'STREAM_REFUSED') this.#options.onOver(error.message)
+    if (isDisowned(error)) this.#options.onDisowned?.(error)
+    if (error.code === 'STALE_EPOCH' || error.code === 'STREAM_REFUSED' || isDisowned(error)) this.#giveUp(error.message)
     else this.#scheduleReconnect()
+  }
+
+  #giveUp(why: string): void {
+    this.#over = true
+    this.#options.onOver(why)
   }
 
   #scheduleReconnect(): void {

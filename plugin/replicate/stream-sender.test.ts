@@ -8,8 +8,8 @@ import { FrameQueue } from '../buffer/index.ts'
 import { StreamSender } from './index.ts'
 import type { StreamSenderOptions } from './index.ts'
 
-const hello = { protocol: STREAM_PROTOCOL, vm: '101', vpg: 'shop', vms: ['101'], epoch: 0, disks: [{ disk: 0, key: 'scsi0', sizeBytes: 512 }], reason: 'test' }
-const welcome = { epoch: 3, durableSeq: 0, baseComplete: true, syncProgress: {}, disks: hello.disks }
+const hello = { protocol: STREAM_PROTOCOL, vm: '101', vpg: 'shop', vms: ['101'], generation: 1, epoch: 0, disks: [{ disk: 0, key: 'scsi0', sizeBytes: 512 }], reason: 'test' }
+const welcome = { epoch: 3, generation: 1, durableSeq: 0, baseComplete: true, syncProgress: {}, disks: hello.disks }
 
 const frame = (seq: number, payloadBytes = 512) => {
   const builder = new FrameBuilder(Buffer.alloc(payloadBytes), 1)
@@ -44,6 +44,23 @@ const bench = (options: Partial<StreamSenderOptions> = {}) => {
 }
 
 describe('StreamSender', () => {
+  test.each([['FENCED', 2], ['GENERATION_AHEAD', 1]] as const)('%s: what the agent refuses so, and what its welcome says between the lines, is the same error', async (code, held) => {
+    const ours = { ...hello, generation: code === 'FENCED' ? 1 : 2 }
+    for (const answer of [refuseMessage({ code, message: 'of another generation', hint: 'decide', generation: held }), welcomeMessage({ ...welcome, generation: held })]) {
+      const { theirs, sender, lost, queue, heard, listen, until } = bench()
+      listen()
+      queue.push(frame(1))
+      const opened = sender.open(ours)
+      theirs.write(answer)
+      await expect(opened).rejects.toMatchObject({ code, context: { generation: held }, hint: expect.any(String) })
+      sender.pump()
+      await until(() => theirs.readableEnded || theirs.destroyed || heard.length > 0)
+      // Nothing of ours followed the hello.
+      expect(heard.every(({ type }) => type === MessageType.hello)).toBe(true)
+      expect(lost).toEqual([])
+    }
+  })
+
   test('says hello, sends frames in order as whole messages, hears what is durable and answers pings', async () => {
     const { theirs, queue, durable, heard, listen, sender, news, until, lost } = bench()
     listen()

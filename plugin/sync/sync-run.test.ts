@@ -36,3 +36,26 @@ test('progress never passes a read that failed, even if the rest of the disk is 
   expect(Math.max(0, ...progress)).toBe(0)
   expect(guard.busy).toBe(false)
 })
+
+test('by bitmap: dirty zeroes become one record each and are not read, dirty data are, and what is clean is left alone', async () => {
+  const [dirty, zero] = [1, 3]
+  const reads: string[] = []
+  const client = {
+    blockStatus: async () => new Map([
+      ['base:allocation', [{ lengthBytes: 2 * MiB, flags: 0 }, { lengthBytes: 4 * MiB, flags: zero }, { lengthBytes: 2 * MiB, flags: 0 }]],
+      ['b', [{ lengthBytes: MiB, flags: 0 }, { lengthBytes: 3 * MiB, flags: dirty }, { lengthBytes: MiB, flags: 0 }, { lengthBytes: 3 * MiB, flags: dirty }]],
+    ]),
+    readInto: async (slab: Buffer, _at: number, offsetBytes: number, lengthBytes: number) => {
+      reads.push(`${offsetBytes / MiB}+${lengthBytes / MiB}`)
+      slab.fill(7, 0, lengthBytes)
+    },
+  } as unknown as NbdClient
+  const zeroes: string[] = []
+  let copiedBytes = 0
+  await new SyncRun({
+    disk: { disk: 0, sizeBytes: 8 * MiB, fromBytes: 0, wholeAbove: false, bitmapContext: 'b' }, client, guard: new RaceGuard(), slabs: new SlabPool(MiB, 8 * MiB), admit: async () => undefined,
+    onProgress: (bytes) => void (copiedBytes += bytes), readsInFlight: 2, signal: new AbortController().signal,
+    sink: { sync: () => undefined, takeLarge: () => undefined, range: (kind, _disk, offsetBytes, lengthBytes) => void (kind === RecordKind.syncZero && zeroes.push(`${offsetBytes / MiB}+${lengthBytes / MiB}`)) },
+  }).run()
+  expect([reads, zeroes, copiedBytes]).toEqual([['1+1', '6+1', '7+1'], ['2+2', '5+1'], 6 * MiB])
+})

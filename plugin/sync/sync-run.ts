@@ -2,7 +2,10 @@ import { CdpError } from '../../core/errors/index.ts'
 import type { NbdClient } from '../../core/nbd/index.ts'
 import { RecordKind } from '../../core/record/index.ts'
 import type { SlabPool } from '../buffer/index.ts'
+import { DeltaRun } from './delta-run.ts'
+import type { HashSource } from './hash-source.ts'
 import type { RaceGuard, Span } from './race-guard.ts'
+import type { SyncSink } from './sync-sink.ts'
 
 const STATUS_BYTES = 256 * 1024 * 1024
 const READ_BYTES = 1024 * 1024
@@ -11,13 +14,6 @@ const BASE_ALLOCATION = 'base:allocation'
 const STATE_ZERO = 2
 const STATE_DIRTY = 1
 const ZEROES = Buffer.alloc(READ_BYTES)
-
-/** Where a sync puts what it read; the capture recorder. */
-export type SyncSink = {
-  sync(disk: number, offsetBytes: number, data: Buffer, start: number, end: number): void
-  takeLarge(kind: typeof RecordKind.sync, disk: number, offsetBytes: number, lengthBytes: number, slab: Buffer): void
-  range(kind: RecordKind, disk: number, offsetBytes: number, lengthBytes: number): void
-}
 
 export type SyncDisk = {
   disk: number
@@ -28,6 +24,8 @@ export type SyncDisk = {
   bitmapContext?: string
   /** True: from `fromBytes` on everything allocated is copied; false: only what the bitmap says. */
   wholeAbove: boolean
+  /** From `fromBytes` on only what differs from the replica, by hash. */
+  byHash?: boolean
 }
 
 export type SyncOptions = {
@@ -38,11 +36,15 @@ export type SyncOptions = {
   slabs: SlabPool
   /** Resolves when `lengthBytes` more may be read: memory has room and the rate limit allows it. */
   admit: (lengthBytes: number, signal: AbortSignal) => Promise<void>
-  onProgress: (copiedBytes: number, scannedToBytes: number) => void
+  /** `sentBytes`: what became records since the last call. */
+  onProgress: (copiedBytes: number, scannedToBytes: number, sentBytes: number) => void
   readsInFlight: number
+  /** Needed for a disk that is copied by hash. */
+  hashes?: HashSource
   signal: AbortSignal
 }
 
+type NbdExtent = { lengthBytes: number; flags: number }
 type Extent = { offsetBytes: number; lengthBytes: number; zero: boolean }
 
 /**
@@ -66,7 +68,11 @@ export class SyncRun {
   async run(): Promise<void> {
     const { disk } = this.#options
     if (disk.bitmapContext !== undefined) await this.#copy(0, disk.wholeAbove ? disk.fromBytes : disk.sizeBytes, disk.bitmapContext)
-    if (disk.wholeAbove) await this.#copy(disk.fromBytes, disk.sizeBytes)
+    if (!disk.wholeAbove) return
+    const { hashes } = this.#options
+    if (disk.byHash !== true) await this.#copy(disk.fromBytes, disk.sizeBytes)
+    else if (hashes === undefined) throw new CdpError('INTERNAL', 'a copy by hash without a source of hashes')
+    else await new DeltaRun({ ...this.#options, hashes }).run(disk.fromBytes)
   }
 
   async #copy(startBytes: number, endBytes: number, bitmap?: string): Promise<void> {
@@ -91,26 +97,25 @@ export class SyncRun {
     signal.throwIfAborted()
     this.#throwIfFailed()
     const read = guard.register(disk.disk, offsetBytes, lengthBytes)
-    const context = bitmap ?? BASE_ALLOCATION
     let spans: Span[] = []
     const reply = await client.blockStatus(offsetBytes, lengthBytes, signal).finally(() => (spans = read.take()))
     const extents: Extent[] = []
     let at = offsetBytes
-    for (const { lengthBytes: extentBytes, flags } of reply.get(context) ?? []) {
+    for (const { lengthBytes: extentBytes, zero, dirty } of overlay(reply.get(BASE_ALLOCATION), bitmap === undefined ? undefined : (reply.get(bitmap) ?? []))) {
       const bytes = Math.min(extentBytes, offsetBytes + lengthBytes - at)
       if (bytes <= 0) break
-      const zero = bitmap === undefined ? (flags & STATE_ZERO) !== 0 : (flags & STATE_DIRTY) === 0
-      if (zero && bitmap === undefined) {
+      if (zero && dirty) {
         for (const span of spans) {
           const from = Math.max(span.offsetBytes, at)
           const to = Math.min(span.offsetBytes + span.lengthBytes, at + bytes)
           if (from < to) sink.range(RecordKind.syncZero, disk.disk, from, to - from)
         }
+        if (bitmap !== undefined) this.#options.onProgress(bytes, this.#copiedToBytes(), 0)
       }
-      extents.push({ offsetBytes: at, lengthBytes: bytes, zero })
+      extents.push({ offsetBytes: at, lengthBytes: bytes, zero: zero || !dirty })
       at += bytes
     }
-    if (extents.length === 0) throw new CdpError('NBD_PROTOCOL', `the export says nothing of ${context}`, { context: { disk: disk.disk, offsetBytes } })
+    if (extents.length === 0) throw new CdpError('NBD_PROTOCOL', `the export says nothing of ${bitmap ?? BASE_ALLOCATION}`, { context: { disk: disk.disk, offsetBytes } })
     return extents
   }
 
@@ -157,7 +162,7 @@ export class SyncRun {
       }
       slabs.give(slab)
     }
-    this.#options.onProgress(lengthBytes, this.#copiedToBytes())
+    this.#options.onProgress(lengthBytes, this.#copiedToBytes(), lengthBytes)
   }
 
   async #oneDone(): Promise<void> {
@@ -178,10 +183,31 @@ export class SyncRun {
     this.#reportedMs = performance.now()
     const copiedToBytes = this.#copiedToBytes()
     if (this.#fromBitmap === undefined) this.#options.sink.range(RecordKind.syncProgress, this.#options.disk.disk, copiedToBytes, 0)
-    this.#options.onProgress(0, copiedToBytes)
+    this.#options.onProgress(0, copiedToBytes, 0)
   }
 
   #throwIfFailed(): void {
     if (this.#failed !== undefined) throw this.#failed.error
   }
+}
+
+/**
+ * Both contexts over the same range, cut where either changes. Without a bitmap everything counts as dirty; with one, an export that says nothing of zeroes has none.
+ * It ends where the one ends that says least.
+ */
+const overlay = (allocation: readonly NbdExtent[] | undefined, bitmap: readonly NbdExtent[] | undefined): { lengthBytes: number; zero: boolean; dirty: boolean }[] => {
+  const wholly = (flags: number): NbdExtent[] => [{ lengthBytes: Number.MAX_SAFE_INTEGER, flags }]
+  if (bitmap === undefined) return (allocation ?? []).map(({ lengthBytes, flags }) => ({ lengthBytes, zero: (flags & STATE_ZERO) !== 0, dirty: true }))
+  const [zeroes, dirt] = [allocation === undefined || allocation.length === 0 ? wholly(0) : allocation, bitmap]
+  const result: { lengthBytes: number; zero: boolean; dirty: boolean }[] = []
+  let [z, d, zLeft, dLeft] = [0, 0, zeroes[0].lengthBytes, dirt[0]?.lengthBytes ?? 0]
+  while (z < zeroes.length && d < dirt.length) {
+    const lengthBytes = Math.min(zLeft, dLeft)
+    result.push({ lengthBytes, zero: (zeroes[z].flags & STATE_ZERO) !== 0, dirty: (dirt[d].flags & STATE_DIRTY) !== 0 })
+    zLeft -= lengthBytes
+    dLeft -= lengthBytes
+    if (zLeft === 0) zLeft = zeroes[++z]?.lengthBytes ?? 0
+    if (dLeft === 0) dLeft = dirt[++d]?.lengthBytes ?? 0
+  }
+  return result
 }

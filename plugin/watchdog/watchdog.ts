@@ -1,5 +1,5 @@
 // The watchdog process. The plugin proves each 200 ms, by a byte on this process's stdin, that its main loop turns; the main loop does so only
-// while every worker's does. When nothing comes for the time given, the plugin is killed: its sockets close, QEMU drops its jobs, guests go on.
+// while every worker's does. When nothing comes for the time given, the plugin is killed: its sockets close, QEMU stops its jobs, guests go on.
 // When stdin ends, the plugin is gone and so is this process. It knows nothing else, allocates nothing, and works while the plugin is stopped.
 const [pidText, limitText] = process.argv.slice(2)
 const pid = Number(pidText)

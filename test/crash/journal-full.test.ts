@@ -1,29 +1,15 @@
-import { execFile } from 'node:child_process'
 import { rm, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { promisify } from 'node:util'
 import { afterAll, expect, test } from '@jest/globals'
 import { SegmentSealer } from '../../agent/journal/index.ts'
 import type { VmStore } from '../../agent/journal/index.ts'
-import { buildFrame, openReadyStore, openStore, temporaryDirectory } from '../../agent/journal/testing.ts'
+import { buildFrame, openReadyStore, openStore } from '../../agent/journal/testing.ts'
 import { errorCode, toCdpError } from '../../core/errors/index.ts'
 import { RecordKind } from '../../core/record/index.ts'
+import { smallFileSystem } from '../kit/small-file-system.ts'
 
-const run = promisify(execFile)
 const sealer = new SegmentSealer()
 afterAll(() => sealer[Symbol.asyncDispose]())
-
-const smallFileSystem = async (sizeMib: number): Promise<AsyncDisposable & { path: string }> => {
-  const directory = await temporaryDirectory()
-  await run('mount', ['-t', 'tmpfs', '-o', `size=${sizeMib}m`, 'cdp-test', directory.path])
-  return {
-    path: directory.path,
-    [Symbol.asyncDispose]: async () => {
-      await run('umount', [directory.path])
-      await directory[Symbol.asyncDispose]()
-    },
-  }
-}
 
 const bigWrite = (firstSeq: number): Buffer => buildFrame({ firstSeq, records: [{ kind: RecordKind.write, lengthBytes: 1024 * 1024, fill: firstSeq }] })
 

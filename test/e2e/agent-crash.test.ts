@@ -18,14 +18,15 @@ const MiB = 1 << 20
 const random = new Random(testSeed())
 let all: TwoSites
 let meters: GapMeters
+let files: ReturnType<typeof makeTempDir>
 let untouched: QemuState[]
 
 beforeAll(async () => {
   console.log(`seed ${random.seed}`)
-  await using files = makeTempDir()
+  files = makeTempDir()
   mkdirSync(`${files.path}/content`)
   writeFileSync(`${files.path}/content/random`, randomFillSync(Buffer.alloc(16 * MiB)))
-  all = await TwoSites.start({ fromDir: `${files.path}/content`, plugin: { memoryBytesPerVm: 32 * MiB, syncRateBytesPerSec: 16 * MiB }, agent: { segmentBytes: 4 * MiB } })
+  all = await TwoSites.start({ fromDir: `${files.path}/content`, plugin: { memoryBytesPerVm: 32 * MiB, syncRateBytesPerSec: 16 * MiB, spill: { directory: `${files.path}/spill`, bytesPerVm: 48 * MiB, reserveBytes: 0 } }, agent: { segmentBytes: 4 * MiB } })
   untouched = await Promise.all(all.guests.map(({ vm }) => qemuState(vm)))
   for (const guest of all.guests) startJournalWriter(guest, DIRS)
   await Promise.all(all.guests.map((guest) => untilRecord(guest, 10)))
@@ -34,6 +35,7 @@ beforeAll(async () => {
 
 afterAll(async () => {
   await all?.[Symbol.asyncDispose]()
+  await files?.[Symbol.asyncDispose]()
 }, 60_000)
 
 const withGap = async (what: string, work: () => Promise<void>): Promise<void> => {
@@ -53,6 +55,7 @@ const onPlugin = async (): Promise<VmStatus[]> => (await all.vpg()).vms
 const directoryOf = (vmId: number): string => globSync(`${all.rootDir}/agent/vms/*/${vmId}`)[0]
 
 /** A checkpoint that was cut after now is valid: everything from before has arrived. */
+const FULL = 'the link is down and the memory is full; spill: the spill has reached its limit'
 const untilFresh = async (): Promise<void> => {
   const nowUnixMs = Date.now()
   await until('a checkpoint that is younger', PROTECTED_DEADLINE_MS, async () => (await all.sites.checkpoints(VPG, 5)).some(({ atUnixMs, state }) => atUnixMs > nowUnixMs && (state === 'valid' || state === 'proved')) || undefined)
@@ -120,11 +123,12 @@ test(`killed ${ROUNDS} times under load: no acknowledged record is lost, none co
   })
 }, 400_000)
 
-test('away for longer than memory lasts: capture lets go with its reason, the guest does not notice, a bitmap sync follows, older checkpoints keep their bytes', async () => {
+test('away for longer than memory and spill last: checkpoints go on into the files until they are full, then capture lets go with its reason; the guest does not notice, all that was captured arrives, a bitmap sync follows, older checkpoints keep their bytes', async () => {
   await explained(all, async () => {
     const durable = await durableInGuests()
     const old = await all.tag('before the long absence')
     let digests: Record<string, string>
+    let cutWhileAway = { id: '', durable }
     {
       using point = await PointImages.copy(all.sites, VPG, old.id)
       await expectWhole(point, durable)
@@ -134,8 +138,12 @@ test('away for longer than memory lasts: capture lets go with its reason, the gu
     await withGap('the agent is away, 101 writes more than memory holds', async () => {
       await all.sites.agent.kill()
       const busy = all.guest(101)
+      const spilling = await durableInGuests()
+      const { checkpointId } = await all.sites.plugin.api.call(pluginApi.tagCheckpoint, { params: { name: VPG }, body: { tag: 'into the files' } })
+      cutWhileAway = { id: checkpointId, durable: spilling }
       const heavy = busy.start('while :; do dd if=/mnt/scsi0/random of=/mnt/scsi1/copy bs=1M conv=fsync 2>/dev/null; done')
-      await until('capture lets go of VM 101', 120_000, async () => (await all.pluginEvents()).includes('VM 101 is tracking: the link is down and the memory is full') || undefined)
+      await until('capture lets go of VM 101', 120_000, async () => (await all.pluginEvents()).some((message) => message.startsWith(`VM 101 is tracking: ${FULL}`)) || undefined)
+      expect((await onPlugin())[0].spilledBytes).toBeGreaterThan(32 * MiB)
       const vpg = await all.vpg()
       expect(vpg.state).toBe('degraded')
       expect(vpg.reason).toMatch(/^VM 101 is /)
@@ -149,10 +157,16 @@ test('away for longer than memory lasts: capture lets go with its reason, the gu
     await untilFresh()
     const [first, second] = await onPlugin()
     expect(first.reason).toBe('bitmap sync complete')
-    expect((await all.pluginEvents()).filter((message) => message.startsWith('VM 101 is syncing: ')).at(-1)).toBe('VM 101 is syncing: the link is down and the memory is full')
+    expect((await all.pluginEvents()).filter((message) => message.startsWith('VM 101 is syncing: ')).at(-1)).toContain(`VM 101 is syncing: ${FULL}`)
     expect(second.state).toBe('streaming')
     expect((await epochsOf())[0]).toBeGreaterThan(epochs[0])
     expect((await epochsOf())[1]).toBe(epochs[1])
+    // Cut while nobody was there to take it: it came with the files, before the sync.
+    expect((await all.sites.checkpoints(VPG, 1_000)).find(({ id }) => id === cutWhileAway.id)).toMatchObject({ state: expect.stringMatching(/valid|proved/) })
+    {
+      using point = await PointImages.copy(all.sites, VPG, cutWhileAway.id)
+      await expectWhole(point, cutWhileAway.durable)
+    }
     await recovers('after the long absence')
     expect(await all.differences('after the long absence, at rest')).toEqual([])
     using again = await PointImages.copy(all.sites, VPG, old.id)

@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, expect, test } from '@jest/globals'
 import { pluginApi, type VmStatus } from '../../core/api/index.ts'
-import { durableRecord, startJournalWriter, untilRecord } from '../lab/index.ts'
+import { durableRecord, startJournalWriter, tool, unregisterVm, untilRecord } from '../lab/index.ts'
 import { until } from '../lab/sites.ts'
 import { PointImages } from './point-images.ts'
 import { BOOT_DEADLINE_MS, explained, KEYS, PROTECTED_DEADLINE_MS, TwoSites, VMS, VPG } from './two-sites.ts'
@@ -35,6 +35,15 @@ const untilState = (vmId: number, state: VmStatus['state']): Promise<VmStatus> =
 /** Why the VM's last sync ran, as the operator was told. */
 const lastSync = async (vmId: number): Promise<string | undefined> => (await all.pluginEvents()).filter((message) => message.startsWith(`VM ${vmId} is syncing: `)).at(-1)
 
+/** The disks of a VM that is off, and where a snapshot of them lies. */
+const disks = (vmId: number): { path: string; snapshot: string }[] => KEYS.map((key) => ({ path: `${all.rootDir}/vm-${vmId}-${key}.raw`, snapshot: `${all.rootDir}/snapshot-${vmId}-${key}.raw` }))
+const copy = (from: string, to: string): Promise<unknown> => tool('cp', ['--sparse=always', from, to])
+
+const shows = async ({ id, digests }: { id: string; digests: Record<string, string> }): Promise<void> => {
+  using point = await PointImages.copy(all.sites, VPG, id)
+  expect(point.digests()).toEqual(digests)
+}
+
 /** A checkpoint taken now is clean, and holds all lives of each guest: those that ended whole, the present one up to what is durable. */
 const recovers = async (tag: string): Promise<{ id: string; digests: Record<string, string> }> => {
   const durable = new Map(await Promise.all(VMS.map(async ({ vmId }) => [vmId, await durableRecord(all.guest(vmId), `life-${lives.get(vmId)}`)] as const)))
@@ -54,6 +63,7 @@ const recovers = async (tag: string): Promise<{ id: string; digests: Record<stri
 test('a group with a VM that is off says so, refuses a tag with the reason, and is protected by itself when the VM starts', async () => {
   await explained(all, async () => {
     await all.guest(102).stop(60_000)
+    for (const { path, snapshot } of disks(102)) await copy(path, snapshot)
     await all.sites.createVpg(VPG, VMS.map(({ vmId }) => vmId), 1_000)
     expect(await untilState(101, 'streaming')).toMatchObject({ reason: 'initial sync complete' })
     const vpg = await all.vpg()
@@ -71,7 +81,7 @@ test('a group with a VM that is off says so, refuses a tag with the reason, and 
   })
 }, 300_000)
 
-test('shut down and started again: protected again by a full sync that says why, the other VM is not touched, older checkpoints keep their bytes', async () => {
+test('shut down and started again: protected at once if the guest wrote nothing before, the other VM is not touched, older checkpoints keep their bytes', async () => {
   await explained(all, async () => {
     const before = await recovers('before the shutdown')
     const other = await vm(102)
@@ -82,17 +92,17 @@ test('shut down and started again: protected again by a full sync that says why,
     await all.boot(101)
     await load(101)
     await all.sites.untilProtected(VPG, PROTECTED_DEADLINE_MS)
-    expect(await vm(101)).toMatchObject({ reason: 'full sync complete' })
-    expect(await lastSync(101)).toBe('VM 101 is syncing: the VM was started; no bitmap says what changed')
+    const { reason } = await vm(101)
+    if (reason.startsWith('delta sync complete')) expect(await lastSync(101)).toMatch(/wrote before capture was attached/)
+    else expect([reason, await lastSync(101)]).toEqual(['the VM was stopped and started; nothing was missed, no sync was needed', 'VM 101 is syncing: first copy'])
     expect(await vm(102)).toMatchObject({ state: 'streaming', sinceUnixMs: other.sinceUnixMs })
     await recovers('after the start')
     expect(await all.differences('after the start, at rest')).toEqual([])
-    using again = await PointImages.copy(all.sites, VPG, before.id)
-    expect(again.digests()).toEqual(before.digests)
+    await shows(before)
   })
 }, 300_000)
 
-test('QEMU killed under load, started at once and killed in the middle of each attach: protected again by a full sync', async () => {
+test('QEMU killed under load, started at once and killed in the middle of each attach: protected again by a delta sync', async () => {
   await explained(all, async () => {
     await all.guest(102).kill()
     for (const status of ['created', 'ready', 'standby']) {
@@ -111,8 +121,8 @@ test('QEMU killed under load, started at once and killed in the middle of each a
     await all.boot(102)
     await load(102)
     await all.sites.untilProtected(VPG, PROTECTED_DEADLINE_MS)
-    expect(await vm(102)).toMatchObject({ reason: 'full sync complete' })
-    expect(await lastSync(102)).toMatch(/^VM 102 is syncing: the VM was started; no bitmap says what changed$/)
+    expect(await vm(102)).toMatchObject({ reason: expect.stringMatching(/^delta sync complete, \d+ bytes sent$/) })
+    expect(await lastSync(102)).toMatch(/^VM 102 is syncing: the VM was started; .*; no bitmap says what changed$/)
     await recovers('after the kills')
     expect(await all.differences('after the kills, at rest')).toEqual([])
   })
@@ -129,5 +139,48 @@ test('a reset of the guest is no event: the jobs survive, the stream goes on', a
     expect(after).toEqual(before)
     await recovers('after the reset')
     expect(await all.differences('after the reset, at rest')).toEqual([])
+  })
+}, 300_000)
+
+test('rolled back to an old snapshot while it was off: a delta sync sends what that changed, and what was before stays recoverable', async () => {
+  await explained(all, async () => {
+    const before = await recovers('before the rollback')
+    await all.guest(102).stop(60_000)
+    await untilState(102, 'detached')
+    for (const { path, snapshot } of disks(102)) await copy(snapshot, path)
+    await all.boot(102)
+    await all.sites.untilProtected(VPG, PROTECTED_DEADLINE_MS)
+    expect(await vm(102)).toMatchObject({ reason: expect.stringMatching(/^delta sync complete, [1-9]\d* bytes sent$/) })
+    expect(await all.guest(102).check('ls -d /mnt/scsi0/life-*')).toBe('/mnt/scsi0/life-1\n')
+    expect(await all.differences('after the rollback, at rest')).toEqual([])
+    await shows(before)
+    // What there was when the guest was off is kept by a name, and is it: both lives, and a file system that was put away.
+    const kept = await until('what was before is kept', 60_000, async () => (await all.sites.checkpoints(VPG, 1_000)).find(({ tag = '' }) => tag.startsWith('before VM 102 was started: ')))
+    expect(kept.atUnixMs).toBeGreaterThan(Number.parseInt(before.id.split('-')[0], 36))
+    using point = await PointImages.copy(all.sites, VPG, kept.id)
+    expect(await point.ext4Problems()).toEqual([])
+    for (let life = 1; life <= lives.get(102)!; life++) {
+      expect(await point.prefix(KEYS.map((key) => ({ vmId: 102, key, folder: `/life-${life}` })))).toMatchObject({ ok: true })
+    }
+  })
+}, 300_000)
+
+test('destroyed at the source: the group says so, and the replica stays, also when protection is ended', async () => {
+  await explained(all, async () => {
+    const last = await all.tag('before it was destroyed')
+    await all.guest(102).stop(60_000)
+    const { id, digests } = await (async () => {
+      using point = await PointImages.copy(all.sites, VPG, last.id)
+      return { id: last.id, digests: point.digests() }
+    })()
+    unregisterVm(all.rootDir, 102)
+    for (const { path } of disks(102)) await tool('rm', [path])
+    await until('the group says that a VM is gone', PROTECTED_DEADLINE_MS, async () => {
+      const { state, reason } = await all.vpg()
+      return (state === 'degraded' && reason.includes('VM 102')) || undefined
+    }, async () => JSON.stringify(await all.vpg()))
+    await shows({ id, digests })
+    await all.sites.plugin.api.call(pluginApi.deleteVpg, { params: { name: VPG } })
+    await shows({ id, digests })
   })
 }, 300_000)

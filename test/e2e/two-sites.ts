@@ -7,9 +7,11 @@ import {
   bootGuest, ioGap, lastingLeaksOf, makeExt4Image, makeTempDir, startGapMeter, tool,
   type BootGuestOptions, type Guest, type GuestJob, type IoGap, type TempDir, type VmDisk, type VmShape,
 } from '../lab/index.ts'
+import type { Link } from '../lab/link.ts'
 import type { SiteConfig } from '../lab/site-config.ts'
 import { Sites, until } from '../lab/sites.ts'
 import { PointImages } from './point-images.ts'
+import { qemuState } from './qemu-state.ts'
 
 export const VPG = 'shop'
 export const KEYS = ['scsi0', 'scsi1'] as const
@@ -27,6 +29,12 @@ export type TwoSitesOptions = {
   agent?: SiteConfig
   /** Arguments for node before the plugin's program. */
   pluginNodeArgs?: string[]
+  /** The line between the sites; by default loopback. */
+  link?: Link
+  /** Both daemons are started again when they end unasked. */
+  respawns?: boolean
+  /** Called with the root directory before anything is started. */
+  prepare?: (rootDir: string) => Promise<void>
   /** Which of VMS are booted; all by default. */
   boot?: readonly number[]
 }
@@ -43,13 +51,14 @@ export class TwoSites implements AsyncDisposable {
   }
 
   static async start(options: TwoSitesOptions = {}): Promise<TwoSites> {
-    const { diskBytes = 64 << 20, fromDir, plugin = {}, agent = {}, pluginNodeArgs = [], boot = VMS.map(({ vmId }) => vmId) } = options
+    const { diskBytes = 64 << 20, fromDir, plugin = {}, agent = {}, pluginNodeArgs = [], link, respawns = false, prepare, boot = VMS.map(({ vmId }) => vmId) } = options
     await using stack = new AsyncDisposableStack()
     const dir = stack.use(makeTempDir())
+    await prepare?.(dir.path)
     const images = VMS.flatMap(({ vmId }) => disksOf(dir.path, vmId))
     for (const { path } of images) await makeExt4Image(path, diskBytes, fromDir === undefined ? {} : { fromDir })
     // A shared test machine hesitates; that capture lets go of a guest then is another test's matter.
-    const sites = stack.use(await Sites.start({ rootDir: dir.path, plugin: { slowAck: { p99Ms: 800, maxMs: 1_500 }, ...plugin }, agent: { listen: { host: '127.0.0.1', port: await freePort() }, ...agent }, pluginNodeArgs }))
+    const sites = stack.use(await Sites.start({ rootDir: dir.path, plugin: { slowAck: { p99Ms: 800, maxMs: 1_500 }, ...plugin }, agent: { ...(link === undefined ? { listen: { host: '127.0.0.1', port: await freePort() } } : {}), ...agent }, pluginNodeArgs, respawns, ...(link === undefined ? {} : { link }) }))
     await sites.pair()
     const all = new TwoSites(dir, sites)
     stack.defer(() => all.#endGuests())
@@ -95,7 +104,7 @@ export class TwoSites implements AsyncDisposable {
   async tag(tag: string): Promise<Checkpoint> {
     const { checkpointId } = await until(`the tag "${tag}"`, PROTECTED_DEADLINE_MS, async () => {
       try {
-        return await this.sites.plugin.api.call(pluginApi.tagCheckpoint, { params: { name: VPG }, body: { tag } })
+        return await this.sites.plugin.answers(() => this.sites.plugin.api.call(pluginApi.tagCheckpoint, { params: { name: VPG }, body: { tag } }))
       } catch (error) {
         if (error instanceof CdpError && error.code === 'CONFLICT') return undefined
         throw error
@@ -169,16 +178,19 @@ const disksOf = (rootDir: string, vmId: number): VmDisk[] => KEYS.map((key) => (
 /** Measures the guests' longest wait for a small durable write, from start() to the last look. */
 export class GapMeters {
   readonly #guests: readonly Guest[]
+  readonly #pauseUs: number
   #jobs: GuestJob[] = []
 
-  constructor(guests: readonly Guest[]) {
+  /** @param pauseUs between two writes of one guest */
+  constructor(guests: readonly Guest[], pauseUs = 0) {
     this.#guests = guests
+    this.#pauseUs = pauseUs
   }
 
   /** Begins, anew after a stop: resolves when each guest has done a few writes. */
   async start(): Promise<void> {
     for (const guest of this.#guests) await guest.check('rm -f /run/lab/io-gap')
-    this.#jobs = this.#guests.map((guest) => startGapMeter(guest, '/mnt/scsi0'))
+    this.#jobs = this.#guests.map((guest) => startGapMeter(guest, '/mnt/scsi0', this.#pauseUs))
     for (const guest of this.#guests) await guest.check('until [ "$(cut -d " " -f 1 /run/lab/io-gap 2>/dev/null || echo 0)" -ge 3 ]; do usleep 20000; done', { deadlineMs: 60_000 })
   }
 
@@ -205,11 +217,23 @@ export class GapMeters {
 /** A moment that a seed chose: what a random time means here. */
 export const atRandom = (random: { int: (low: number, high: number) => number }, lowMs: number, highMs: number): Promise<void> => delay(random.int(lowMs, highMs))
 
-/** The error of `work` with the daemons' logs beside it. */
+/** The error of `work` with what the guests do, and the daemons' logs, beside it. */
 export const explained = async <T>(all: TwoSites, work: () => Promise<T>): Promise<T> => {
   try {
     return await work()
   } catch (error) {
-    throw new CdpError('INTERNAL', `${errorMessage(error)}\n${all.logs()}`, { cause: error })
+    const guests = await Promise.all(all.guests.map(whatItDoes))
+    throw new CdpError('INTERNAL', `${errorMessage(error)}\n${guests.join('\n')}\n${all.logs()}`, { cause: error })
   }
+}
+
+const BLOCKED = 'for p in /proc/[0-9]*; do case "$(sed "s/.*) //" $p/stat 2>/dev/null)" in D*) echo "$(cat $p/comm) waits:" $(head -n 6 $p/stack 2>/dev/null);; esac; done; df /run /mnt/*; cat /proc/loadavg'
+
+/** For a failed test: is it there, what does QEMU hold of its disks, what in it waits for a disk. */
+const whatItDoes = async (guest: Guest): Promise<string> => {
+  const { vm } = guest
+  if (!vm.running) return `VM ${vm.vmId}: its QEMU has ended`
+  const [status, state, inside] = await Promise.allSettled([vm.monitor.run('query-status'), qemuState(vm), guest.run(BLOCKED, { deadlineMs: 5_000 })])
+  const told = [status, state, inside].map((one) => (one.status === 'fulfilled' ? JSON.stringify(one.value) : errorMessage(one.reason)))
+  return `VM ${vm.vmId}: ${told.join('\n  ')}`
 }

@@ -88,9 +88,9 @@ export const writePattern = async (uri: string, pattern: number, offsetBytes: nu
 }
 
 /** True if both images hold the same bytes. */
-export const sameContent = async (one: string, other: string): Promise<boolean> => {
+export const sameContent = async (one: string, other: string, otherFormat: 'raw' | 'qcow2' = 'raw'): Promise<boolean> => {
   try {
-    await run('qemu-img', ['compare', '-U', '-f', 'raw', '-F', 'raw', one, other])
+    await run('qemu-img', ['compare', '-U', '-f', 'raw', '-F', otherFormat, one, other])
     return true
   } catch (error) {
     const { code, stderr } = error as { code?: number; stderr?: string }

@@ -1,7 +1,7 @@
 import { mkdir, open } from 'node:fs/promises'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Qmp } from '../../core/qmp/index.ts'
-import { attachCapture, discoverDisks } from '../../plugin/qemu/index.ts'
+import { attachCapture, discoverDisks, readCounters } from '../../plugin/qemu/index.ts'
 import type { AttachedDisk } from '../../plugin/qemu/index.ts'
 import type { BareVm } from './bare-vm.ts'
 import { startNbdkit } from './nbdkit-target.ts'
@@ -44,4 +44,14 @@ export const untilWritten = (vm: BareVm, wantedBytes: number): Promise<void> => 
     await pause(20)
   }
   throw new Error('the load does not reach the disk')
+})
+
+/** Waits until the guest itself has written: the firmware has started its disk. */
+export const untilGuestWrites = (vm: BareVm): Promise<void> => vm.qmp(async (qmp) => {
+  const endsAtMs = performance.now() + 60_000
+  while (performance.now() < endsAtMs) {
+    if ([...(await readCounters(qmp)).values()].some(({ wrBytes }) => wrBytes > 0)) return
+    await pause(20)
+  }
+  throw new Error('the guest does not write')
 })

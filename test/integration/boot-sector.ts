@@ -7,13 +7,14 @@ const lbaAt = packetAt + 8
 export const bootWriteBytes = 4096
 const bootWriteSectors = bootWriteBytes / 512
 
-/** `writes` writes of 4 KiB from `startLba` on, one after the other, each with another content; then the processor halts. 0: for ever, over 64 MiB. */
+/** `writes` writes of 4 KiB from `startLba` on, one after the other, each with another content, in each boot too; then the processor halts. 0: for ever, over 64 MiB. */
 export const bootSector = ({ startLba = 2048, writes = 0 }: { startLba?: number; writes?: number }): Buffer => {
   const word = (value: number): number[] => [value & 0xff, (value >> 8) & 0xff]
   const double = (value: number): number[] => [...word(value & 0xffff), ...word(value >>> 16)]
   const endLba = startLba + (writes === 0 ? (64 * 1024 * 1024) / 512 : writes * bootWriteSectors)
   const setup = [
     0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, 0xbc, ...word(0x7c00), // xor ax,ax; ds = es = ss = 0; sp = 7c00
+    0x0f, 0x31, 0x66, 0xa3, ...word(bufferAt + 4),                          // rdtsc; mov [buffer + 4], eax
     0x66, 0xc7, 0x06, ...word(lbaAt), ...double(startLba),                  // mov dword [lba], start
   ]
   const loop = [

@@ -4,19 +4,24 @@ import { attachCapture, detachCapture, discoverDisks, readCounters, repairHalfSt
 import { nbdUri, openWriteDoor, sameContent, startFio, writePattern } from './bare-load.ts'
 import { attachAll, blockSnapshot, startFileTarget, untilWritten } from './block-snapshot.ts'
 import { startBareVm } from './bare-vm.ts'
+import { bootSector } from './boot-sector.ts'
 import type { BareVm, VmShape } from './bare-vm.ts'
 import { startNbdkit } from './nbdkit-target.ts'
 
 const mib = 1024 * 1024
 const shapes: readonly VmShape[] = ['8.4', '9.x']
+/** The guest itself writes: unlike a client of an NBD export it is put back onto its own node. */
+const busy = { sizeBytes: 72 * mib, bootSector: bootSector({}) }
 const nothing = { shields: [], jobs: [], targets: [], exports: [], bitmaps: [], serverStopped: false }
 
-const jobsGone = (vm: BareVm) => vm.qmp(async (qmp) => {
-  for (const { key } of vm.disks) {
-    const isThere = ((await qmp.execute('query-jobs')) as { id: string }[]).some((job) => job.id === `cdp-job-${key}`)
-    if (isThere) await qmp.waitForEvent((event) => event.event === 'JOB_STATUS_CHANGE' && event.data['id'] === `cdp-job-${key}` && event.data['status'] === 'null', { deadlineMs: 5000 })
+/** Resolves when the job of every disk stands still because of its target. */
+const jobsFailed = async (vm: BareVm): Promise<void> => {
+  for (;;) {
+    const counters = await vm.qmp(readCounters)
+    if (vm.disks.every(({ key }) => counters.get(key)?.job?.failed === true)) return
+    await new Promise((resolve) => setTimeout(resolve, 20))
   }
-})
+}
 
 describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape) => {
   test.each(['scsi', 'virtio'] as const)('its %s disks are found, the same whether attached or not', async (bus) => {
@@ -48,25 +53,21 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
     expect(await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))).toEqual(nothing)
   })
 
-  test('a target that dies costs the job and nothing else; capture can be attached again', async () => {
-    await using vm = await startBareVm({ shape, diskCount: 1 })
-    const door = await openWriteDoor(vm)
+  test('a target that dies stops the job and nothing else; capture can be attached again', async () => {
+    await using vm = await startBareVm({ shape, ...busy })
     const before = await vm.qmp(blockSnapshot)
     const first = await startFileTarget(vm, 'first')
     await attachAll(vm, first.socketPath)
-    await using load = startFio(nbdUri(door, 'scsi0'), { sizeBytes: 64 * mib, seed: 11 })
     await untilWritten(vm, mib)
     await first.kill()
-    await jobsGone(vm)
-    expect((await vm.qmp(readCounters)).get('scsi0')).toMatchObject({ onPath: false })
-    expect((await vm.qmp(readCounters)).get('scsi0')?.job).toBeUndefined()
+    await jobsFailed(vm)
+    expect((await vm.qmp(readCounters)).get('scsi0')).toMatchObject({ onPath: false, job: { failed: true, paused: true } })
     const repaired = await vm.qmp((qmp) => repairHalfStates(qmp, { keepBitmaps: true }))
-    expect(repaired).toEqual({ ...nothing, shields: shape === '8.4' ? ['cdp-shield-scsi0'] : [], targets: ['cdp-target-scsi0'] })
+    expect(repaired).toEqual({ ...nothing, shields: shape === '8.4' ? ['cdp-shield-scsi0'] : [], jobs: ['cdp-job-scsi0'], targets: ['cdp-target-scsi0'] })
     await using second = await startFileTarget(vm, 'second')
     await attachAll(vm, second.socketPath)
-    const writes = await load.stop()
-    expect(writes.longestMs).toBeLessThan(2000)
-    await writePattern(nbdUri(door, 'scsi0'), 0x33, 0, mib)
+    const counted = (await vm.qmp(readCounters)).get('scsi0')
+    while ((await vm.qmp(readCounters)).get('scsi0')?.wrBytes === counted?.wrBytes) await new Promise((resolve) => setTimeout(resolve, 20))
     await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))
     expect(await vm.qmp(blockSnapshot)).toBe(before)
   })
@@ -132,7 +133,7 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
     expect(await vm.qmp(blockSnapshot)).toBe(before)
   })
 
-  test('while a backup runs, attach and detach are refused and change nothing', async () => {
+  test(shape === '8.4' ? 'while a backup runs, attach and detach are refused and change nothing' : 'attach and detach work while a backup runs below', async () => {
     await using vm = await startBareVm({ shape })
     await using target = await startFileTarget(vm)
     const [before, disks] = [await vm.qmp(blockSnapshot), await vm.qmp(discoverDisks)]
@@ -150,26 +151,35 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
       await qmp.execute('blockdev-del', { 'node-name': 'archive' })
     })
     await startBackup()
-    await expect(attachAll(vm, target.socketPath)).rejects.toMatchObject({ code: 'CONFLICT', retry: true })
-    await endBackup()
-    await attachAll(vm, target.socketPath)
-    await startBackup()
-    const during = await vm.qmp(blockSnapshot)
-    expect(await vm.qmp(discoverDisks)).toEqual(disks)
-    await expect(vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))).rejects.toMatchObject({ code: 'CONFLICT', retry: true })
-    expect(await vm.qmp(blockSnapshot)).toBe(during)
+    if (shape === '8.4') {
+      await expect(attachAll(vm, target.socketPath)).rejects.toMatchObject({ code: 'CONFLICT', retry: true })
+      await endBackup()
+      await attachAll(vm, target.socketPath)
+      await startBackup()
+      const during = await vm.qmp(blockSnapshot)
+      expect(await vm.qmp(discoverDisks)).toEqual(disks)
+      await expect(vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))).rejects.toMatchObject({ code: 'CONFLICT', retry: true })
+      expect(await vm.qmp(blockSnapshot)).toBe(during)
+    } else {
+      const during = await vm.qmp(blockSnapshot)
+      for (let cycle = 0; cycle < 3; cycle++) {
+        await attachAll(vm, target.socketPath)
+        expect((await vm.qmp(readCounters)).get('scsi0')).toMatchObject({ onPath: true })
+        expect(await vm.qmp(discoverDisks)).toEqual(disks)
+        await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))
+        expect(await vm.qmp(blockSnapshot)).toBe(during)
+      }
+    }
     await endBackup()
     await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))
     expect(await vm.qmp(blockSnapshot)).toBe(before)
   })
 
   test('a target that hangs and is then killed under load leaves a VM that is repaired and attached again', async () => {
-    await using vm = await startBareVm({ shape })
-    const door = await openWriteDoor(vm)
+    await using vm = await startBareVm({ shape, ...busy })
     const before = await vm.qmp(blockSnapshot)
     await using first = await startFileTarget(vm, 'first')
     await attachAll(vm, first.socketPath)
-    await using load = startFio(nbdUri(door, 'scsi0'), { sizeBytes: 64 * mib, seed: 5 })
     await untilWritten(vm, mib)
     process.kill(first.pid, 'SIGSTOP')
     const hung = vm.qmp((qmp) => repairHalfStates(qmp, { keepBitmaps: true }))
@@ -177,7 +187,6 @@ describe.each(shapes)('a VM in the command line shape of Proxmox VE %s', (shape)
     await hung
     await using second = await startFileTarget(vm, 'second')
     await attachAll(vm, second.socketPath)
-    await load.stop()
     await vm.qmp((qmp) => detachCapture(qmp, { keepBitmaps: false }))
     expect(await vm.qmp(blockSnapshot)).toBe(before)
   })

@@ -1,5 +1,6 @@
 import { open, writeFile } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
+import { setTimeout as pause } from 'node:timers/promises'
 import { describe, expect, test } from '@jest/globals'
 import type { Qmp } from '../../core/qmp/index.ts'
 import { attachCapture, closeReadExport, detachCapture, discoverDisks, openReadExport, rotateBitmaps } from '../../plugin/qemu/index.ts'
@@ -7,18 +8,24 @@ import { mapOf, nbdUri, openWriteDoor, sameContent, startFio } from './bare-load
 import type { Extent } from './bare-load.ts'
 import { startBareVm } from './bare-vm.ts'
 import type { VmShape } from './bare-vm.ts'
-import { copyPath, startFileTarget, untilWritten } from './block-snapshot.ts'
+import { copyPath, startFileTarget, untilGuestWrites, untilWritten } from './block-snapshot.ts'
 import { bootSector } from './boot-sector.ts'
 
 // Attach and detach again and again while the guest writes: through its own controller (boot sector) and, at depth 32, through
 // an export in the same iothread. A plain attach hung QEMU 10.0.2 for good within 24-80 attaches under such a load.
-// 50 cycles of each shape, 500 with CDP_ALL, CDP_CYCLES says another number. CDP_SEED repeats a run.
+// The export's writers begin once the firmware has started the device: that moves the disk between threads, and QEMU does not survive it beside a
+// writer that stays where it is and an attach or detach (docs/decisions/ending-a-mirror.md). Without an export it does. For the same reason they end before
+// a detach, through which the guest goes on writing, and begin again behind it: beside them QEMU crashed in 3 of 20 VMs.
+// 50 cycles of each shape, ten times 50 with CDP_ALL: a new VM each time, since what is written takes room. CDP_CYCLES says another number. CDP_SEED repeats a run.
 
 const mib = 1024 * 1024
-const cycles = Number(process.env['CDP_CYCLES'] ?? (process.env['CDP_ALL'] ? 500 : 50))
+/** Until fio writes. */
+const LOAD_BEGINS_MS = 400
+const cycles = Number(process.env['CDP_CYCLES'] ?? 50)
 // Sparse, and so large that most of it stays untouched: a bitmap that names everything would prove nothing.
 const sizeBytes = 16 * 1024 * mib * Math.max(1, Math.ceil(cycles / 20))
-const seed = Number(process.env['CDP_SEED'] ?? Date.now() % 1_000_000)
+const firstSeed = Number(process.env['CDP_SEED'] ?? Date.now() % 1_000_000)
+const seeds = Array.from({ length: process.env['CDP_ALL'] === undefined ? 1 : 10 }, (_, round) => firstSeed + 2 * round)
 const shapes: readonly VmShape[] = ['8.4', '9.x']
 
 type Timings = { slowestMs: number; slowest: string }
@@ -65,7 +72,7 @@ const copyExtents = async (from: FileHandle, to: FileHandle, extents: readonly E
 }
 
 describe.each(shapes)('shape %s', (shape) => {
-  test(`${cycles} attaches and detaches of two disks under load: QEMU answers, and source = target + bitmap`, async () => {
+  test.each(seeds)(`${cycles} attaches and detaches of two disks under load: QEMU answers, and source = target + bitmap (seed %i)`, async (seed) => {
     await using vm = await startBareVm({ shape, diskCount: 2, sizeBytes, bootSector: bootSector({ writes: 0 }), extraArgs: ['-S'] })
     const door = await openWriteDoor(vm)
     await using target = await startFileTarget(vm)
@@ -77,13 +84,18 @@ describe.each(shapes)('shape %s', (shape) => {
     await writeFile(copyPath(vm, 'target', 'scsi0'), bootSector({ writes: 0 }), { flag: 'r+' })
     await attach()
     await vm.qmp((qmp) => qmp.execute('cont'))
-    await using load = startFio(nbdUri(door, 'scsi0'), { sizeBytes, seed })
-    await using otherLoad = startFio(nbdUri(door, 'scsi1'), { sizeBytes, seed: seed + 1, depth: 8 })
+    await untilGuestWrites(vm)
+    await using loads = new AsyncDisposableStack()
+    const startLoads = (round: number) => [loads.use(startFio(nbdUri(door, 'scsi0'), { sizeBytes, seed: seed + 1000 * round })), loads.use(startFio(nbdUri(door, 'scsi1'), { sizeBytes, seed: seed + 1000 * round + 1, depth: 8 }))]
+    let running = startLoads(0)
     await untilWritten(vm, mib)
     for (let cycle = 0; cycle < cycles; cycle++) {
+      for (const one of running) await one[Symbol.asyncDispose]()
       const startedAtMs = performance.now()
       await run((qmp) => detachCapture(qmp, { keepBitmaps: true }))
       detachMs.push(performance.now() - startedAtMs)
+      running = startLoads(cycle + 1)
+      await pause(LOAD_BEGINS_MS)
       const detachedAtMs = performance.now()
       await attach()
       attachMs.push(performance.now() - detachedAtMs)
@@ -91,7 +103,7 @@ describe.each(shapes)('shape %s', (shape) => {
     const rotated = await run(async (qmp) => rotateBitmaps(qmp, await discoverDisks(qmp)))
     expect(rotated.map((entry) => entry.rotated)).toEqual(['cdp-bitmap-1', 'cdp-bitmap-1'])
     await untilWritten(vm, 64 * mib)
-    const [writes, otherWrites] = await Promise.all([load.stop(), otherLoad.stop()])
+    const [writes, otherWrites] = await Promise.all(running.map((one) => one.stop()))
     const exports = await run(async (qmp) => {
       await qmp.execute('stop')
       await detachCapture(qmp, { keepBitmaps: true })

@@ -1,4 +1,4 @@
-import { existsSync, lstatSync, mkdirSync, renameSync, symlinkSync } from 'node:fs'
+import { existsSync, lstatSync, mkdirSync, readFileSync, renameSync, symlinkSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { pluginApi } from '../../core/api/index.ts'
 import { makeNode, placeVm } from './node-files.ts'
@@ -37,6 +37,14 @@ export const moveVm = (fromRootDir: string, toRootDir: string, vmId: number, toN
   const [from, to] = [fromRootDir, toRootDir].map((root) => join(root, `etc/pve/qemu-server/${vmId}.conf`))
   if (existsSync(from)) renameSync(from, to)
   placeVm(toRootDir, vmId, toNode)
+}
+
+/** Proxmox's lock on a VM that is being migrated, in its configuration; or none. */
+export const lockForMigration = (rootDir: string, vmId: number, locked: boolean): void => {
+  const path = join(rootDir, `etc/pve/qemu-server/${vmId}.conf`)
+  const rest = readFileSync(path, 'utf8').replace(/^lock: .*\n/m, '')
+  writeFileSync(`${path}.tmp`, locked ? `lock: migrate\n${rest}` : rest)
+  renameSync(`${path}.tmp`, path)
 }
 
 /** Has a node cut a tagged checkpoint. */

@@ -10,6 +10,8 @@ export const agentConfig = (rootDir: string): SiteConfig => ({
   apiSocket: join(rootDir, 'run/agent.sock'),
   pointSocket: join(rootDir, 'run/points.sock'),
   listen: { host: '127.0.0.1', port: 0 },
+  // How full the machine's disk is must not shorten a history here.
+  retention: { reserveBytes: 0 },
 })
 
 /** The plugin of a lab node whose files lie below the root directory as on a Proxmox node. */
@@ -20,5 +22,6 @@ export const pluginConfig = (rootDir: string): SiteConfig => ({
   stateDirectory: join(rootDir, 'plugin'),
   runDirectory: join(rootDir, 'run'),
   apiSocket: join(rootDir, 'run/plugin.sock'),
+  spill: { directory: join(rootDir, 'spill'), reserveBytes: 0 },
   proofEveryMs: 2000,
 })

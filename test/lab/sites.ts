@@ -3,9 +3,22 @@ import { closeSync, mkdirSync, openSync, readFileSync, writeFileSync } from 'nod
 import { join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import { agentApi, ApiClient, pluginApi, type AgentStatus, type Checkpoint, type PluginStatus, type RecoveryPoint, type VpgStatus } from '../../core/api/index.ts'
-import { CdpError } from '../../core/errors/index.ts'
+import { CdpError, errorCode } from '../../core/errors/index.ts'
+import type { Link, NetworkPlace } from './link.ts'
 import { projectDir } from './project.ts'
 import { agentConfig, pluginConfig, type SiteConfig } from './site-config.ts'
+
+export type LabDaemonOptions = {
+  /** For node, before the program: --inspect and the like. */
+  nodeArgs?: readonly string[]
+  /** The network that it runs in; by default this machine's. */
+  place?: NetworkPlace
+  /** Started again when it ends by itself, or somebody else ends it: a busy machine makes the watchdog do so. */
+  respawns?: boolean
+}
+
+const START_DEADLINE_MS = 90_000
+const RESPAWN_MS = 100
 
 /** A daemon of the lab, as systemd would run it: started, stopped, killed, started again with the same files. */
 export class LabDaemon {
@@ -15,12 +28,17 @@ export class LabDaemon {
   readonly logPath: string
   readonly #configPath: string
   readonly #nodeArgs: readonly string[]
+  /** What stands before its program. */
+  readonly place: NetworkPlace
+  readonly #respawns: boolean
   #child: ChildProcess | undefined
+  #wanted = false
 
-  /** @param nodeArgs for node, before the program: --inspect and the like */
-  constructor(name: 'agent' | 'plugin', rootDir: string, config: SiteConfig, nodeArgs: readonly string[] = []) {
+  constructor(name: 'agent' | 'plugin', rootDir: string, config: SiteConfig, { nodeArgs = [], place = [], respawns = false }: LabDaemonOptions = {}) {
     this.name = name
     this.#nodeArgs = nodeArgs
+    this.place = place
+    this.#respawns = respawns
     this.rootDir = rootDir
     mkdirSync(join(rootDir, 'lab'), { recursive: true })
     this.#configPath = join(rootDir, 'lab', `${name}.json`)
@@ -33,20 +51,32 @@ export class LabDaemon {
     return this.#child?.exitCode === null && this.#child.signalCode === null ? this.#child.pid : undefined
   }
 
-  /** Starts it and waits until it answers. */
+  /** Starts it, unless it runs, and waits until it answers. */
   async start(): Promise<void> {
-    const log = openSync(this.logPath, 'a')
-    const child = spawn(process.execPath, [...this.#nodeArgs, join(projectDir(), 'dist', this.name, 'main.js'), '--config', this.#configPath], { stdio: ['ignore', log, log] })
-    closeSync(log)
-    this.#child = child
-    const deadlineMs = performance.now() + 20_000
+    this.#wanted = true
+    this.#spawn()
+    const deadlineMs = performance.now() + START_DEADLINE_MS
     while (true) {
-      if (this.pid === undefined) throw new CdpError('CLOSED', `${this.name} ended at once: ${readFileSync(this.logPath, 'utf8').slice(-2000)}`)
+      if (this.pid === undefined && !this.#respawns) throw new CdpError('CLOSED', `${this.name} ended at once: ${readFileSync(this.logPath, 'utf8').slice(-2000)}`)
       try {
         await this.api.call(this.name === 'agent' ? agentApi.status : pluginApi.status, {})
         return
       } catch (error) {
         if (performance.now() > deadlineMs) throw error
+        await delay(50)
+      }
+    }
+  }
+
+  /** The answer to a question; if it is just being started again, to the same question a moment later. */
+  async answers<T>(ask: () => Promise<T>): Promise<T> {
+    const deadlineMs = performance.now() + START_DEADLINE_MS
+    while (true) {
+      try {
+        return await ask()
+      } catch (error) {
+        const isAway = errorCode(error) === 'UNREACHABLE' || errorCode(error) === 'CLOSED'
+        if (!this.#respawns || !this.#wanted || !isAway || performance.now() > deadlineMs) throw error
         await delay(50)
       }
     }
@@ -85,7 +115,18 @@ export class LabDaemon {
     await this.stop()
   }
 
+  #spawn(): void {
+    if (!this.#wanted || this.pid !== undefined) return
+    const log = openSync(this.logPath, 'a')
+    const [command, ...args] = [...this.place, process.execPath, ...this.#nodeArgs, join(projectDir(), 'dist', this.name, 'main.js'), '--config', this.#configPath]
+    const child = spawn(command, args, { stdio: ['ignore', log, log] })
+    closeSync(log)
+    this.#child = child
+    if (this.#respawns) child.once('exit', () => setTimeout(() => this.#spawn(), RESPAWN_MS))
+  }
+
   async #end(signal: NodeJS.Signals): Promise<void> {
+    this.#wanted = false
     if (this.pid === undefined) return
     this.#child?.kill(signal)
     if (!(await this.ended(15_000))) {
@@ -95,7 +136,7 @@ export class LabDaemon {
   }
 }
 
-export type SitesOptions = { rootDir: string; plugin?: SiteConfig; agent?: SiteConfig; pluginNodeArgs?: readonly string[] }
+export type SitesOptions = { rootDir: string; plugin?: SiteConfig; agent?: SiteConfig; pluginNodeArgs?: readonly string[]; /** The line between them; by default loopback. */ link?: Link; /** As a service manager would: both are started again when they end unasked, and the plugin goes before what else the machine does. */ respawns?: boolean }
 
 /** Both sites on one machine, below one root directory, paired. */
 export class Sites {
@@ -103,28 +144,37 @@ export class Sites {
   readonly agent: LabDaemon
   readonly plugin: LabDaemon
 
-  private constructor(rootDir: string, agent: SiteConfig, plugin: SiteConfig, pluginNodeArgs: readonly string[]) {
+  readonly #agentHost: string
+
+  private constructor(rootDir: string, agent: SiteConfig, plugin: SiteConfig, { pluginNodeArgs = [], link, respawns = false }: SitesOptions) {
     this.rootDir = rootDir
-    this.agent = new LabDaemon('agent', rootDir, agent)
-    this.plugin = new LabDaemon('plugin', rootDir, plugin, pluginNodeArgs)
+    this.agent = new LabDaemon('agent', rootDir, agent, { place: link?.recoverySite, respawns })
+    this.plugin = new LabDaemon('plugin', rootDir, plugin, { nodeArgs: pluginNodeArgs, place: [...(respawns ? ['nice', '-n', '-10'] : []), ...(link?.protectedSite ?? [])], respawns })
+    this.#agentHost = link?.recoveryHost ?? '127.0.0.1'
   }
 
   /** Starts both daemons and pairs them. The root directory is laid out as a Proxmox node already. */
-  static async start({ rootDir, plugin = {}, agent = {}, pluginNodeArgs = [] }: SitesOptions): Promise<Sites> {
+  static async start(options: SitesOptions): Promise<Sites> {
+    const { rootDir, plugin = {}, agent = {}, link } = options
     const sites = new Sites(
       rootDir,
-      { ...agentConfig(rootDir), ...agent },
+      { ...agentConfig(rootDir), ...(link === undefined ? {} : { listen: { host: link.recoveryHost, port: 8765 } }), ...agent },
       { ...pluginConfig(rootDir), ...plugin },
-      pluginNodeArgs,
+      options,
     )
     mkdirSync(join(rootDir, 'etc/pve'), { recursive: true })
-    await Promise.all([sites.agent.start(), sites.plugin.start()])
-    return sites
+    try {
+      await Promise.all([sites.agent.start(), sites.plugin.start()])
+      return sites
+    } catch (error) {
+      await sites[Symbol.asyncDispose]()
+      throw error
+    }
   }
 
   async pair(): Promise<void> {
-    const { token } = await this.agent.api.call(agentApi.createPairingToken, { body: { host: '127.0.0.1' } })
-    await this.plugin.api.call(pluginApi.pair, { body: { token } })
+    const { token } = await this.agent.api.call(agentApi.createPairingToken, { body: { host: this.#agentHost } })
+    await this.plugin.answers(() => this.plugin.api.call(pluginApi.pair, { body: { token } }))
   }
 
   createVpg(name: string, vmIds: number[], checkpointEveryMs = 1000): Promise<VpgStatus> {
@@ -132,11 +182,11 @@ export class Sites {
   }
 
   pluginStatus(): Promise<PluginStatus> {
-    return this.plugin.api.call(pluginApi.status, {})
+    return this.plugin.answers(() => this.plugin.api.call(pluginApi.status, {}))
   }
 
   agentStatus(): Promise<AgentStatus> {
-    return this.agent.api.call(agentApi.status, {})
+    return this.agent.answers(() => this.agent.api.call(agentApi.status, {}))
   }
 
   /** Waits until a group is protected: all VMs streaming, and a valid checkpoint. */
@@ -148,7 +198,7 @@ export class Sites {
   }
 
   async checkpoints(vpg: string, limit = 1000): Promise<Checkpoint[]> {
-    return (await this.agent.api.call(agentApi.listCheckpoints, { params: { name: vpg }, query: { limit } })).checkpoints
+    return (await this.agent.answers(() => this.agent.api.call(agentApi.listCheckpoints, { params: { name: vpg }, query: { limit } }))).checkpoints
   }
 
   openPoint(vpg: string, checkpoint: string | { atUnixMs: number }): Promise<RecoveryPoint> {

@@ -1,5 +1,5 @@
 import { spawn } from 'node:child_process'
-import { closeSync, openSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { closeSync, existsSync, openSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import { iothreadOf, proxmoxCommandLine, type CommandLine, type VmDisk, type VmShape } from './command-line.ts'
 import { ConsoleLog } from './console-log.ts'
@@ -30,6 +30,8 @@ export type StartVmOptions = {
   onStarted?: (vm: LabVm) => void
   /** Starts with stopped CPUs, as Proxmox's freeze: 1 does. */
   frozen?: boolean
+  /** The target of a live migration: waits for the state of a VM there ('unix:PATH'), and is in no configuration yet. */
+  incoming?: string
   /** Gives up the start; nothing is left then. */
   signal?: AbortSignal
 }
@@ -56,9 +58,9 @@ export const startVm = async (options: StartVmOptions): Promise<LabVm> => {
     uuid: uuidOf(vmId),
     memoryMiB: options.memoryMiB ?? 256,
     agent: options.agent ?? false,
-    args: [...labArgs, ...(options.frozen ? ['-S'] : []), ...kernelArgs],
+    args: [...labArgs, ...(options.frozen ? ['-S'] : []), ...(options.incoming ? ['-incoming', options.incoming, '-S'] : []), ...kernelArgs],
   }
-  registerVm({ ...line, args: [...labArgs, ...kernelArgs] }, nodeName)
+  if (options.incoming === undefined) registerVm({ ...line, args: [...labArgs, ...kernelArgs] }, nodeName)
   writeFileSync(paths.console, '')
   const stderr = openSync(paths.stderr, 'w')
   const qemu = ['qemu-system-x86_64', ...proxmoxCommandLine(line)]
@@ -67,6 +69,11 @@ export const startVm = async (options: StartVmOptions): Promise<LabVm> => {
   closeSync(stderr)
   const ended = new Promise<void>((resolve) => child.on('exit', () => resolve()).on('error', () => resolve()))
   const diagnosis = (): string => readFileSync(paths.stderr, 'utf8').trim()
+  // A guest whose QEMU breaks is the worst that can be seen: never in silence, whatever the test asks.
+  child.once('exit', (code, signal) => {
+    if (code === 0 || signal === 'SIGKILL' || signal === 'SIGTERM') return
+    process.stderr.write(`QEMU of VM ${vmId} ended by itself with ${signal ?? `code ${code}`}: ${existsSync(paths.stderr) ? diagnosis() : ''}\n`)
+  })
   const console = new ConsoleLog(paths.console)
   try {
     const monitor = await openMonitor(paths.monitor, ended, diagnosis)

@@ -54,8 +54,8 @@ export class GroupWriter {
 
 export type IoGap = { writes: number; longestGapMs: number; failed: number }
 
-/** Starts small fsynced writes that never pause; ioGap() tells the longest time one took. */
-export const startGapMeter = (guest: Guest, dir: string): GuestJob => guest.start(`io-gap ${dir}`)
+/** Starts small fsynced writes, `pauseUs` apart (0: without a pause); ioGap() tells the longest time from the end of one to the end of the next. */
+export const startGapMeter = (guest: Guest, dir: string, pauseUs = 0): GuestJob => guest.start(`io-gap ${dir}${pauseUs > 0 ? ` ${pauseUs}` : ''}`)
 
 /** What the gap meter has seen so far; the write under way counts with its age. Resolution 10 ms. */
 export const ioGap = async (guest: Guest): Promise<IoGap> => {

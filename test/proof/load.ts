@@ -33,6 +33,9 @@ export class Load {
   #sprintUntilMs = 0
   #heavyDisk = 0
   #waiting: (() => void)[] = []
+  #underWay = 0
+  #pause: Promise<unknown> | undefined
+  #onQuiet: (() => void) | undefined
   #running: Promise<unknown> = Promise.resolve()
   #failure: { error: unknown } | undefined
 
@@ -67,6 +70,19 @@ export class Load {
     this.#sprintUntilMs = performance.now() + forMs
     this.#heavyDisk = heavyDisk
     for (const resolve of this.#waiting.splice(0)) resolve()
+  }
+
+  /** No write is under way while `work` runs; then the writers go on. */
+  async whileQuiet(work: () => Promise<void>): Promise<void> {
+    const { promise, resolve } = Promise.withResolvers<void>()
+    this.#pause = promise
+    try {
+      if (this.#underWay > 0) await new Promise<void>((quiet) => (this.#onQuiet = quiet))
+      await work()
+    } finally {
+      this.#pause = undefined
+      resolve()
+    }
   }
 
   /** Throws what stopped a writer, if one was. */
@@ -146,6 +162,7 @@ export class Load {
   }
 
   async #write(writer: number, disk: number, random: Random, how: { fua?: boolean; sizeSectors?: number } = {}): Promise<void> {
+    while (this.#pause !== undefined) await this.#pause
     const { history } = this.#options
     const sectors = how.sizeSectors ?? SIZES_SECTORS[random.int(0, SIZES_SECTORS.length)]
     const firstSector = this.#place(disk, sectors, random)
@@ -159,7 +176,12 @@ export class Load {
     const write = history.submit(writer, disk, firstSector, sectors)
     stampWrite(data, write, history.knowledge)
     const startedAtMs = performance.now()
-    await client.write(firstSector * STAMP_BYTES, data, { fua: how.fua === true })
+    this.#underWay++
+    try {
+      await client.write(firstSector * STAMP_BYTES, data, { fua: how.fua === true })
+    } finally {
+      if (--this.#underWay === 0) this.#onQuiet?.()
+    }
     history.acknowledge(write)
     const tookMs = performance.now() - startedAtMs
     const { figures } = this

@@ -98,7 +98,7 @@ const run = async (rootDir: string, options: ProofOptions, afterwards?: (remains
     if (signal.aborted) throw new CdpError('ABORTED', 'the proof was ended early')
     load.check()
     if (disturbances < options.disturbances && inspector.totals.checkpoints >= (checkpoints * (disturbances + 0.5)) / options.disturbances) {
-      say(`${sinceStart()}: ${await disturb(sites, disturbances++, random)}, and protected again`)
+      say(`${sinceStart()}: ${await disturb(rig, load, disturbances++, random)}, and protected again`)
     }
     if (performance.now() - saidAtMs < 2000) return
     saidAtMs = performance.now()

@@ -7,6 +7,7 @@ import { NbdClient, checkHandshake } from '../../core/nbd/index.ts'
 import { RecordKind, decodeFramePayload, parseFrame } from '../../core/record/index.ts'
 import { FrameQueue, SlabPool } from '../../plugin/buffer/index.ts'
 import { AckMeter } from '../../plugin/capture/ack-meter.ts'
+import { inlineSealer } from '../../plugin/capture/frame-sealer.ts'
 import { Recorder } from '../../plugin/capture/recorder.ts'
 import { CaptureTarget } from '../../plugin/capture/target.ts'
 import { Random, testSeed } from '../kit/random.ts'
@@ -33,10 +34,10 @@ const bench = async (): Promise<Bench> => {
   const dir = await mkdtemp('/tmp/cdp-')
   const queue = new FrameQueue()
   const largeSlabs = new SlabPool(MiB, 4 * MiB)
-  const recorder = new Recorder({ queue, smallSlabs: new SlabPool(256 * 1024, MiB), largeSlabs, compressor: () => undefined, nowUnixMs: () => 1, lingerMs: 5 })
+  const recorder = new Recorder({ queue, smallSlabs: new SlabPool(256 * 1024, MiB), largeSlabs, sealer: inlineSealer(() => undefined), nowUnixMs: () => 1, lingerMs: 5 })
   recorder.begin(1, 0, false)
   let onClosed = Promise.withResolvers<void>()
-  const disks = ['scsi0', 'scsi1'].map((key, disk) => ({ disk, key, sizeBytes: DISK_BYTES, capturedBytes: 0 }))
+  const disks = ['scsi0', 'scsi1'].map((key, disk) => ({ disk, key, sizeBytes: DISK_BYTES, capturedBytes: 0, lastAtMs: 0 }))
   const self: Omit<Bench, 'target'> = {
     dir, path: join(dir, 's'), recorder, disks, closed: [], stamps: [], hold: false, cuts: [],
     nextClosed: () => onClosed.promise,

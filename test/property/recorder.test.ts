@@ -1,6 +1,7 @@
 import { expect, test } from '@jest/globals'
 import { FLAG_DIRECT, MAX_FRAME_PAYLOAD_BYTES, RecordKind, adaptiveZstd, decodeFramePayload, hasData, hasJson, parseFrame, recordJson } from '../../core/record/index.ts'
 import { FrameQueue, SlabPool } from '../../plugin/buffer/index.ts'
+import { inlineSealer } from '../../plugin/capture/frame-sealer.ts'
 import { Recorder, isLargeWrite } from '../../plugin/capture/recorder.ts'
 import { Random, testSeed } from '../kit/random.ts'
 
@@ -32,7 +33,7 @@ const runHistory = async (seed: number): Promise<{ records: number; frames: numb
   const queue = new FrameQueue()
   const smallSlabs = new PoisonPool(256 * 1024, 4 * 256 * 1024)
   const largeSlabs = new PoisonPool(LARGE_BYTES, 4 * LARGE_BYTES)
-  const recorder = new Recorder({ queue, smallSlabs, largeSlabs, compressor: random.chance(0.5) ? adaptiveZstd() : () => undefined, nowUnixMs: () => 1, lingerMs: random.int(0, 3) })
+  const recorder = new Recorder({ queue, smallSlabs, largeSlabs, sealer: inlineSealer(random.chance(0.5) ? adaptiveZstd() : () => undefined), nowUnixMs: () => 1, lingerMs: random.int(0, 3) })
   const begunAt = random.int(0, 1000)
   recorder.begin(7, begunAt, random.chance(0.5))
   const expected: Expected[] = []
@@ -129,7 +130,7 @@ test('whatever is recorded, large, small, ranges, marks, flushed or left to time
 
 test('a mark that no frame has room for is refused, and leaves no trace', () => {
   const queue = new FrameQueue()
-  const recorder = new Recorder({ queue, smallSlabs: new SlabPool(4096, 4096), largeSlabs: new SlabPool(8192, 8192), compressor: () => undefined, nowUnixMs: () => 1, lingerMs: 1000 })
+  const recorder = new Recorder({ queue, smallSlabs: new SlabPool(4096, 4096), largeSlabs: new SlabPool(8192, 8192), sealer: inlineSealer(() => undefined), nowUnixMs: () => 1, lingerMs: 1000 })
   recorder.begin(1, 0, false)
   recorder.range(RecordKind.zero, 0, 0, 512)
   expect(() => recorder.mark(RecordKind.epoch, 0, { config: 'x'.repeat(5000) })).toThrow(expect.objectContaining({ code: 'BAD_INPUT' }))
@@ -142,7 +143,7 @@ test('a mark that no frame has room for is refused, and leaves no trace', () => 
 
 test('what was not sealed is dropped by the next attach, and nothing comes after dispose', async () => {
   const queue = new FrameQueue()
-  const recorder = new Recorder({ queue, smallSlabs: new SlabPool(4096, 4096), largeSlabs: new SlabPool(8192, 8192), compressor: () => undefined, nowUnixMs: () => 1, lingerMs: 1 })
+  const recorder = new Recorder({ queue, smallSlabs: new SlabPool(4096, 4096), largeSlabs: new SlabPool(8192, 8192), sealer: inlineSealer(() => undefined), nowUnixMs: () => 1, lingerMs: 1 })
   recorder.begin(1, 0, false)
   recorder.range(RecordKind.zero, 0, 0, 512)
   recorder.takeLarge(RecordKind.write, 0, 0, 8192, Buffer.alloc(8192))

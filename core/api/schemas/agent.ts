@@ -28,6 +28,8 @@ export const AgentVpg = Type.Object({
   lastValidCheckpoint: Type.Optional(Type.Object({ id: CheckpointId, atUnixMs: UnixMs })),
   checkpoints: Count,
   oldestAtUnixMs: Type.Optional(UnixMs),
+  /** Grows when the group is handed over; streams of an older one are refused. */
+  generation: Type.Optional(Type.Integer({ minimum: 1 })),
   vms: Type.Array(AgentVm),
 })
 export type AgentVpg = Static<typeof AgentVpg>
@@ -60,6 +62,79 @@ export const RecoveryPoint = Type.Object({
 })
 export type RecoveryPoint = Static<typeof RecoveryPoint>
 
+const CheckpointPlace = Type.Object({ id: CheckpointId, atUnixMs: UnixMs })
+const BytesOrNone = Type.Union([Bytes, Type.Null()])
+
+/** What becomes of a sync that would not fit the limit of a journal. */
+const SyncOverflow = Type.Union([Type.Literal('grow'), Type.Literal('pause'), Type.Literal('give-up')], { description: 'expected grow, pause or give-up' })
+
+/** How much history a group has, and why not more. */
+export const Retention = Type.Object({
+  vpg: VpgName,
+  siteId: Type.String(),
+  policy: Type.Object({
+    historyMs: Type.Integer(),
+    thinning: Type.Array(Type.Object({ afterMs: Type.Integer(), everyMs: Type.Integer() })),
+    journalLimitBytes: BytesOrNone,
+    warnBytes: BytesOrNone,
+    hardStopBytes: BytesOrNone,
+    promotionBytesPerSec: Type.Integer(),
+    syncOverflow: SyncOverflow,
+  }),
+  /** What can be recovered: from the oldest to the newest checkpoint that is valid or proved. */
+  from: Type.Optional(CheckpointPlace),
+  to: Type.Optional(CheckpointPlace),
+  checkpoints: Count,
+  /** Length of the history by the agent's own clock of it, which no change of a wall clock moves. */
+  lengthMs: Type.Integer({ minimum: 0 }),
+  /** filling: it is still getting longer. pin, damage: history could be promoted, and this holds it. */
+  limitedBy: Type.Union([Type.Literal('filling'), Type.Literal('time'), Type.Literal('size'), Type.Literal('reserve'), Type.Literal('pin'), Type.Literal('damage'), Type.Literal('no-checkpoint')]),
+  pins: Type.Array(Type.Object({ vmId: VmId, reason: Type.String(), sinceUnixMs: UnixMs, atSeq: Seq })),
+  vms: Type.Array(Type.Object({ vmId: VmId, journalBytes: Bytes, baseSeq: Seq, durableSeq: Seq, condition: Type.String() })),
+  promotion: Type.Union([Type.Object({ vmId: VmId, checkpointId: Type.String(), toUnixMs: UnixMs, doneBytes: Bytes, totalBytes: Bytes }), Type.Null()]),
+  /** Of the file system of the journals. */
+  space: Type.Object({ freeBytes: Bytes, totalBytes: Bytes, reserveBytes: Bytes }),
+  alarms: Type.Array(Type.Object({ id: Type.String(), level: Type.Union([Type.Literal('warn'), Type.Literal('error')]), message: Type.String(), vmId: Type.Optional(VmId), sinceUnixMs: UnixMs })),
+})
+export type Retention = Static<typeof Retention>
+
+/** How the scrub of the VMs stands, and what it found. */
+export const Scrub = Type.Object({
+  /** From the beginning of a pass over a VM to the next; 0: only when asked for. */
+  everyMs: Type.Integer({ minimum: 0 }),
+  rateBytesPerSec: Type.Integer({ minimum: 1 }),
+  vms: Type.Array(
+    Type.Object({
+      vmId: VmId,
+      siteId: Type.String(),
+      running: Type.Optional(Type.Object({ startedAtUnixMs: UnixMs, readBytes: Bytes, totalBytes: Bytes })),
+      last: Type.Optional(Type.Object({ startedAtUnixMs: UnixMs, endedAtUnixMs: UnixMs, readBytes: Bytes, damagedFound: Count })),
+      /** `healed`: the newest checkpoints do not need it any more. */
+      damage: Type.Array(Type.Object({ what: Type.String(), foundAtUnixMs: UnixMs, healed: Type.Boolean() })),
+      /** What needs the damage. */
+      checkpoints: Type.Optional(Type.Object({ vpg: VpgName, count: Count, oldest: CheckpointPlace, newest: CheckpointPlace })),
+      /** No sync is known to mend all of it. */
+      isHopeless: Type.Boolean(),
+    }),
+  ),
+})
+export type Scrub = Static<typeof Scrub>
+
+/** The replica of one VM. left: its group does not have it any more; silent: its group has it, and it is not connected. */
+export const Replica = Type.Object({
+  siteId: Type.String(),
+  vmId: VmId,
+  vpg: Type.Optional(VpgName),
+  state: Type.Union([Type.Literal('protected'), Type.Literal('silent'), Type.Literal('left')]),
+  journalBytes: Bytes,
+  mirrorBytes: Bytes,
+  /** Those that need it. */
+  checkpoints: Count,
+  /** What reads it now. */
+  readers: Type.Array(Type.String()),
+})
+export type Replica = Static<typeof Replica>
+
 const PointId = Type.String({ pattern: '^[A-Za-z0-9._-]{1,64}$', description: 'expected the id of a recovery point' })
 
 /** What the agent's API offers, beside GET /v1/events. */
@@ -89,6 +164,20 @@ export const agentApi = {
     }),
     answer: Type.Object({ checkpoints: Type.Array(Checkpoint) }),
   },
+  showRetention: { method: 'GET', path: '/v1/vpgs/:name/retention', params: Request({ name: VpgName }), answer: Retention },
+  /** What is chosen here holds over what is configured. */
+  setRetention: { method: 'POST', path: '/v1/vpgs/:name/retention', params: Request({ name: VpgName }), body: Request({ syncOverflow: SyncOverflow }), answer: Retention },
+  showScrub: { method: 'GET', path: '/v1/scrub', answer: Scrub },
+  /** Begins a pass now; without `vmId` over every VM. */
+  startScrub: { method: 'POST', path: '/v1/scrub', body: Request({ vmId: Type.Optional(VmId) }), answer: Type.Object({ vmIds: Type.Array(VmId) }) },
+  listReplicas: { method: 'GET', path: '/v1/replicas', answer: Type.Object({ replicas: Type.Array(Replica) }) },
+  /** For good. `confirm`: the id of the VM once more. `withCheckpoints`: also if checkpoints need it, which are then lost for the whole group. */
+  deleteReplica: {
+    method: 'POST',
+    path: '/v1/replicas/delete',
+    body: Request({ vmId: VmId, confirm: Type.String({ maxLength: 64 }), siteId: Type.Optional(Type.String({ maxLength: 64 })), withCheckpoints: Type.Optional(Type.Boolean()) }),
+    answer: Type.Object({ siteId: Type.String(), checkpoints: Count }),
+  },
   openPoint: {
     method: 'POST',
     path: '/v1/points',
@@ -98,6 +187,8 @@ export const agentApi = {
       checkpoint: Type.Union([CheckpointId, Request({ atUnixMs: UnixMs })], {
         description: 'expected a checkpoint id, "latest", "latest-tagged" or {"atUnixMs": time}',
       }),
+      /** Also one that needs something damaged, named by its id: what is damaged cannot be read. */
+      acceptDamaged: Type.Optional(Type.Boolean()),
     }),
     answer: RecoveryPoint,
   },

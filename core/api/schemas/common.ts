@@ -18,4 +18,4 @@ export const Count = Type.Integer({ minimum: 0 })
 export const Seq = Type.Integer({ minimum: 0 })
 /** Age of the newest valid checkpoint; null when unknown, and then never shown as good. */
 export const RpoMs = Type.Union([Type.Number({ minimum: 0 }), Type.Null()])
-export const CheckpointState = Type.Union([Type.Literal('valid'), Type.Literal('proved'), Type.Literal('suspect'), Type.Literal('pending')])
+export const CheckpointState = Type.Union([Type.Literal('valid'), Type.Literal('proved'), Type.Literal('suspect'), Type.Literal('damaged'), Type.Literal('pending')])

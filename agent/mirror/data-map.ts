@@ -1,10 +1,14 @@
 import { execFile } from 'node:child_process'
 import { stat } from 'node:fs/promises'
 import { promisify } from 'node:util'
+import type { NbdClient } from '../../core/nbd/index.ts'
 
 const run = promisify(execFile)
 const MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 const DEADLINE_MS = 20_000
+const STATE_ZERO = 2
+const STEP_BYTES = 1024 * 1024 * 1024
+const MAX_RANGES = 1_000_000
 
 /** Ranges of a file that hold data, as start, end, start, end ...; everything between is a hole. undefined: not known. */
 export type DataMap = Float64Array | undefined
@@ -32,6 +36,22 @@ export const mapData = async (path: string, signal?: AbortSignal): Promise<DataM
     // Not knowing where the holes are costs time, not truth.
     return undefined
   }
+}
+
+/** The same of an NBD export with base:allocation. */
+export const collectData = async (client: NbdClient, signal: AbortSignal): Promise<DataMap> => {
+  const ranges: number[] = []
+  for (let at = 0; at < client.sizeBytes && ranges.length < MAX_RANGES; at += STEP_BYTES) {
+    let start = at
+    for (const { lengthBytes, flags } of (await client.blockStatus(at, Math.min(STEP_BYTES, client.sizeBytes - at), signal)).get('base:allocation') ?? []) {
+      if ((flags & STATE_ZERO) === 0) {
+        if (ranges.length > 0 && ranges[ranges.length - 1] === start) ranges[ranges.length - 1] = start + lengthBytes
+        else ranges.push(start, start + lengthBytes)
+      }
+      start += lengthBytes
+    }
+  }
+  return ranges.length < MAX_RANGES ? Float64Array.from(ranges) : undefined
 }
 
 /** Calls `emit` for the parts of [start, end) in order, saying whether each is a hole. */
