@@ -1,4 +1,6 @@
+import { expect } from '@jest/globals'
 import { once } from 'node:events'
+import { appendFileSync } from 'node:fs'
 import { createServer, type AddressInfo } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { pluginApi, type Checkpoint, type VpgStatus } from '../../core/api/index.ts'
@@ -11,7 +13,7 @@ import type { Link } from '../lab/link.ts'
 import type { SiteConfig } from '../lab/site-config.ts'
 import { Sites, until } from '../lab/sites.ts'
 import { PointImages } from './point-images.ts'
-import { qemuState } from './qemu-state.ts'
+import { qemuState, withoutBitmaps } from './qemu-state.ts'
 
 export const VPG = 'shop'
 export const KEYS = ['scsi0', 'scsi1'] as const
@@ -217,23 +219,27 @@ export class GapMeters {
 /** A moment that a seed chose: what a random time means here. */
 export const atRandom = (random: { int: (low: number, high: number) => number }, lowMs: number, highMs: number): Promise<void> => delay(random.int(lowMs, highMs))
 
-/** The error of `work` with what the guests do, and the daemons' logs, beside it. */
+/** The error of `work` with what the guests do, and the daemons' logs, beside it. scripts/test shows it once more at its end. */
 export const explained = async <T>(all: TwoSites, work: () => Promise<T>): Promise<T> => {
   try {
     return await work()
   } catch (error) {
     const guests = await Promise.all(all.guests.map(whatItDoes))
+    if (process.env.CDP_DIAGNOSIS) appendFileSync(process.env.CDP_DIAGNOSIS, `${expect.getState().currentTestName ?? ''}: ${errorMessage(error)}\n${guests.join('\n')}\n`)
     throw new CdpError('INTERNAL', `${errorMessage(error)}\n${guests.join('\n')}\n${all.logs()}`, { cause: error })
   }
 }
 
-const BLOCKED = 'for p in /proc/[0-9]*; do case "$(sed "s/.*) //" $p/stat 2>/dev/null)" in D*) echo "$(cat $p/comm) waits:" $(head -n 6 $p/stack 2>/dev/null);; esac; done; df /run /mnt/*; cat /proc/loadavg'
+// Short, whatever waits: who has to read it has no more than this.
+const BLOCKED = 'for p in /proc/[0-9]*; do case "$(sed "s/.*) //" $p/stat 2>/dev/null)" in D*) echo "$(cat $p/comm):" $(sed "s/.* //; s/+.*//" $p/stack 2>/dev/null | head -n 5);; esac; done; for d in /sys/block/sd?; do echo "${d##*/} in flight:" $(cat $d/inflight); done; df /run /mnt/* | sed 1d; cat /proc/loadavg'
 
-/** For a failed test: is it there, what does QEMU hold of its disks, what in it waits for a disk. */
+/** For a failed test: is it there, what does QEMU hold of its disks, what in it waits for a disk, and does that go on once QEMU's block layer has been drained. */
 const whatItDoes = async (guest: Guest): Promise<string> => {
   const { vm } = guest
   if (!vm.running) return `VM ${vm.vmId}: its QEMU has ended`
-  const [status, state, inside] = await Promise.allSettled([vm.monitor.run('query-status'), qemuState(vm), guest.run(BLOCKED, { deadlineMs: 5_000 })])
-  const told = [status, state, inside].map((one) => (one.status === 'fulfilled' ? JSON.stringify(one.value) : errorMessage(one.reason)))
-  return `VM ${vm.vmId}: ${told.join('\n  ')}`
+  const inside = () => guest.run(BLOCKED, { deadlineMs: 5_000 }).then(({ stdout }) => stdout.trim())
+  const questions = [() => vm.monitor.run('query-status'), async () => withoutBitmaps(await qemuState(vm)), inside, async () => { await vm.monitor.run('transaction', { actions: [] }); return 'QEMU has drained' }, inside]
+  const told: string[] = []
+  for (const question of questions) told.push(await question().then((answer) => (typeof answer === 'string' ? answer : JSON.stringify(answer)), errorMessage))
+  return `VM ${vm.vmId}: ${told.join('\n')}`
 }
