@@ -8,7 +8,6 @@ import { checkMirror } from './check-mirror.ts'
 import type { CheckedMirror } from './check-mirror.ts'
 import type { DamageBook } from './damage-book.ts'
 import { damagedExtents, isReached } from './damage-reach.ts'
-import { isFull } from './store-full.ts'
 import { damageWithin, promoteRecords, readThrough } from './promote-records.ts'
 import type { PromotionJob, PromotionPace } from './promote-records.ts'
 import { PromotionTarget } from './promotion-target.ts'
@@ -38,8 +37,6 @@ export class BaseKeeper implements AsyncDisposable {
   readonly #options: BaseKeeperOptions
   readonly #closing = new AbortController()
   #running: Promise<unknown> = Promise.resolve()
-  /** After an error of the disk, what reads as zeroes may stand in memory only: it is written, not skipped. */
-  #rewriteZeroes = false
   /** A crash may have left runs behind that nobody needs. */
   #runsLookedAt = false
 
@@ -175,21 +172,16 @@ export class BaseKeeper implements AsyncDisposable {
     await this.#mustNotReach(targetSeq, view, files)
     // Before the first byte: from here on the mirror is neither the old state nor the new one.
     if (promotingToSeq !== targetSeq) await file.update((state) => ({ ...state, promotingToSeq: targetSeq }))
-    await using target = new PromotionTarget(mirrors, disks, this.#rewriteZeroes)
+    await using target = new PromotionTarget(mirrors, disks)
     let doneBytes = 0
     const pace = async (bytes: number): Promise<void> => {
       doneBytes += bytes
       options.onProgress?.({ doneBytes, totalBytes: job.totalBytes })
       await options.pace?.(bytes, signal)
     }
-    try {
-      await promoteRecords({ ...job, view, files, target, pace, signal, ...(options.batchBytes === undefined ? {} : { batchBytes: options.batchBytes }) })
-      await target.datasync()
-      await syncDirectory(mirrors.directory)
-    } catch (error) {
-      if (!(error instanceof CdpError) && !isFull(error)) this.#rewriteZeroes = true
-      throw error
-    }
+    await promoteRecords({ ...job, view, files, target, pace, signal, ...(options.batchBytes === undefined ? {} : { batchBytes: options.batchBytes }) })
+    await target.datasync()
+    await syncDirectory(mirrors.directory)
     await file.update((state) => ({ ...state, baseSeq: targetSeq, promotingToSeq: undefined }))
     damage.baseMoved(targetSeq)
     log.info('the base of a VM moved up', { vm, fromSeq: baseSeq, toSeq: targetSeq, readBytes: doneBytes, writtenBytes: target.writtenBytes })

@@ -16,15 +16,12 @@ const MAX_WRITE_BYTES = 4 * 1024 * 1024
 export class PromotionTarget implements AsyncDisposable {
   readonly #storage: MirrorStorage
   readonly #sizes: Map<number, number>
-  readonly #rewriteZeroes: boolean
   readonly #disks = new Map<number, MirrorDisk>()
   readonly #sums = new Map<number, ExtentSums>()
   #unsyncedBytes = 0
   writtenBytes = 0
 
-  /** @param rewriteZeroes zeroes are written also where the mirror reads as zeroes already */
-  constructor(storage: MirrorStorage, disks: readonly DiskEntry[], rewriteZeroes = false) {
-    this.#rewriteZeroes = rewriteZeroes
+  constructor(storage: MirrorStorage, disks: readonly DiskEntry[]) {
     this.#storage = storage
     this.#sizes = new Map(disks.map(({ disk, sizeBytes }) => [disk, sizeBytes]))
   }
@@ -67,7 +64,7 @@ export class PromotionTarget implements AsyncDisposable {
         await lanes.drain()
         await mirror.grow(endBytes)
       }
-      if (first.data === undefined) await mirror.zero(first.offsetBytes, lengthBytes, { rewrite: this.#rewriteZeroes })
+      if (first.data === undefined) await mirror.zero(first.offsetBytes, lengthBytes)
       else if (mirror.lanes === 1) await mirror.write(first.offsetBytes, buffers, lengthBytes)
       else await lanes.add(mirror.write(first.offsetBytes, buffers, lengthBytes), mirror.lanes)
       // As long as the intent of the promotion stands nobody compares; with the new base they are right.

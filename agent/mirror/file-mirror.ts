@@ -1,9 +1,10 @@
 import { constants } from 'node:fs'
 import { open } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
-import { CdpError } from '../../core/errors/index.ts'
-import type { MirrorDisk } from './mirror-disk.ts'
+import { CdpError, errorCode } from '../../core/errors/index.ts'
 import { writeAll } from '../../core/files/index.ts'
+import { isDoubted, noteDoubt } from './doubt-mark.ts'
+import type { MirrorDisk } from './mirror-disk.ts'
 
 const GRANULE_BYTES = 1024 * 1024
 const ZEROES = Buffer.alloc(GRANULE_BYTES)
@@ -13,7 +14,8 @@ const ZEROES = Buffer.alloc(GRANULE_BYTES)
  *
  * Zeroing: Node has no way to punch a hole. A range that reads as zeroes already (a hole is read at memory speed) is left
  * alone, so a hole stays one; anything else is overwritten with zeroes, which keeps its blocks allocated. A file that had no
- * blocks when it was opened is known by granules of 1 MiB, so that what was never written is not even read.
+ * blocks when it was opened is known by granules of 1 MiB, so that what was never written is not even read. Once a write or an fdatasync
+ * has failed, what reads as zeroes may be on no disk: until the next boot of the machine all zeroes are written.
  */
 export class FileMirror implements MirrorDisk {
   readonly path: string
@@ -22,14 +24,16 @@ export class FileMirror implements MirrorDisk {
   #sizeBytes: number
   /** One bit a granule: may hold data. Undefined: everything may. */
   readonly #touched: Uint8Array | undefined
+  #isDoubted: boolean
   #dirty = false
   #closed = false
 
-  private constructor(path: string, handle: FileHandle, sizeBytes: number, touched: Uint8Array | undefined) {
+  private constructor(path: string, handle: FileHandle, sizeBytes: number, touched: Uint8Array | undefined, doubted: boolean) {
     this.path = path
     this.#handle = handle
     this.#sizeBytes = sizeBytes
     this.#touched = touched
+    this.#isDoubted = doubted
   }
 
   /**
@@ -42,7 +46,7 @@ export class FileMirror implements MirrorDisk {
       const stat = await handle.stat()
       if (stat.size < sizeBytes) await handle.truncate(sizeBytes)
       const touched = stat.blocks === 0 ? new Uint8Array(Math.ceil(sizeBytes / GRANULE_BYTES / 8)) : undefined
-      return new FileMirror(path, handle, Math.max(stat.size, sizeBytes), touched)
+      return new FileMirror(path, handle, Math.max(stat.size, sizeBytes), touched, await isDoubted(path))
     } catch (error) {
       await handle.close()
       throw error
@@ -61,17 +65,17 @@ export class FileMirror implements MirrorDisk {
     this.#check(offsetBytes, lengthBytes)
     this.#touch(offsetBytes, lengthBytes)
     this.#dirty = true
-    await writeAll(this.#handle, buffers, lengthBytes, offsetBytes)
+    await this.#orDoubt(writeAll(this.#handle, buffers, lengthBytes, offsetBytes))
   }
 
-  async zero(offsetBytes: number, lengthBytes: number, how: { rewrite?: boolean } = {}): Promise<void> {
+  async zero(offsetBytes: number, lengthBytes: number): Promise<void> {
     this.#check(offsetBytes, lengthBytes)
     const scratch = Buffer.allocUnsafe(Math.min(GRANULE_BYTES, lengthBytes))
     const endBytes = offsetBytes + lengthBytes
     let at = offsetBytes
     while (at < endBytes) {
       const next = Math.min(endBytes, (Math.floor(at / GRANULE_BYTES) + 1) * GRANULE_BYTES)
-      if (how.rewrite === true) await this.write(at, [ZEROES.subarray(0, next - at)], next - at)
+      if (this.#isDoubted) await this.write(at, [ZEROES.subarray(0, next - at)], next - at)
       else if (this.#mayHoldData(at)) await this.#zeroPiece(at, next - at, scratch)
       at = next
     }
@@ -101,7 +105,7 @@ export class FileMirror implements MirrorDisk {
   /** A failed one must not be repeated on this file: close, open, apply again. */
   async datasync(): Promise<void> {
     if (!this.#dirty) return
-    await this.#handle.datasync()
+    await this.#orDoubt(this.#handle.datasync())
     this.#dirty = false
   }
 
@@ -109,6 +113,20 @@ export class FileMirror implements MirrorDisk {
     if (this.#closed) return
     this.#closed = true
     await this.#handle.close()
+  }
+
+  /** A full disk is no doubt: the kernel refuses the write, and holds nothing of it. */
+  async #orDoubt(work: Promise<unknown>): Promise<void> {
+    try {
+      await work
+    } catch (error) {
+      const code = errorCode(error)
+      if (code !== 'ENOSPC' && code !== 'EDQUOT') {
+        this.#isDoubted = true
+        await noteDoubt(this.path)
+      }
+      throw error
+    }
   }
 
   async #zeroPiece(offsetBytes: number, lengthBytes: number, scratch: Buffer): Promise<void> {

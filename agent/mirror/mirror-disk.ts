@@ -20,8 +20,8 @@ export type MirrorDisk = AsyncDisposable & {
   readonly lanes: number
   /** Writes all of `buffers`, one after the other; they may be reused once it resolves. @throws CdpError BAD_INPUT outside the disk, IO with context.condition 'full' */
   write(offsetBytes: number, buffers: Buffer[], lengthBytes: number): Promise<void>
-  /** Afterwards the range reads as zeroes; storage that can takes the space back. `rewrite`: also what reads so already is written, because it may not be on the disk. */
-  zero(offsetBytes: number, lengthBytes: number, how?: { rewrite?: boolean }): Promise<void>
+  /** Afterwards the range reads as zeroes; storage that can takes the space back. */
+  zero(offsetBytes: number, lengthBytes: number): Promise<void>
   read(offsetBytes: number, target: Buffer): Promise<void>
   /** Lets the disk grow; it never shrinks, and what is new reads as zeroes. @throws CdpError CONFLICT if the storage below is too small */
   grow(sizeBytes: number): Promise<void>

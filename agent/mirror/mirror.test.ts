@@ -1,7 +1,8 @@
-import { mkdtemp, rm, stat } from 'node:fs/promises'
+import { mkdtemp, readFile, rm, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals'
+import { readBootId } from '../../core/files/index.ts'
 import { FrameBuilder, parseFrame, RecordKind } from '../../core/record/index.ts'
 import type { Frame } from '../../core/record/index.ts'
 import { FileMirror, MirrorSet, MirrorStorage, mirrorFileName } from './index.ts'
@@ -53,6 +54,22 @@ describe('FileMirror', () => {
     expect(disk.dirty).toBe(false)
     expect((await contents(disk, 512 * MIB, 512)).equals(Buffer.alloc(512))).toBe(true)
     expect((await stat(disk.path)).blocks * 512).toBeLessThan(4 * MIB)
+  })
+
+  test('a write failed in this boot: zeroes are written also where it reads as zeroes; in another boot: they are not, and the mark goes', async () => {
+    const [path, mark] = [join(directory, 'disk'), join(directory, 'disk.doubt')]
+    const blocksAfterZeroing = async (): Promise<number> => {
+      await using disk = await FileMirror.open(path, MIB)
+      await disk.zero(0, MIB)
+      await disk.datasync()
+      return (await stat(path)).blocks
+    }
+    await writeFile(mark, 'another boot')
+    expect(await blocksAfterZeroing()).toBe(0)
+    await expect(stat(mark)).rejects.toMatchObject({ code: 'ENOENT' })
+    await writeFile(mark, (await readBootId()) ?? 'unknown')
+    expect((await blocksAfterZeroing()) * 512).toBe(MIB)
+    expect(await readFile(mark, 'utf8')).toBe(await readBootId())
   })
 
   test('reading behind the end gives zeroes, writing there is refused until the disk has grown', async () => {

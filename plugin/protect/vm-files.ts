@@ -35,9 +35,6 @@ export const readCommandLine = async ({ instance }: RunningVm): Promise<string[]
   return text === '' ? undefined : text.split('\0')
 }
 
-/** Names this boot of the node; undefined if the kernel does not say. */
-export const readBootId = async (): Promise<string | undefined> => (await readFile('/proc/sys/kernel/random/boot_id', 'utf8').catch(() => '')).trim() || undefined
-
 /** True if the cluster knows that VM (its configuration is on this node). */
 export const vmExists = async (paths: ProxmoxPaths, vmId: number): Promise<boolean> => {
   try {

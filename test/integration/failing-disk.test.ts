@@ -1,16 +1,19 @@
+import { execFile } from 'node:child_process'
 import { open } from 'node:fs/promises'
 import { join } from 'node:path'
+import { promisify } from 'node:util'
 import { afterAll, expect, test } from '@jest/globals'
 import { SegmentSealer } from '../../agent/journal/index.ts'
 import type { SegmentInfo } from '../../agent/journal/index.ts'
 import { temporaryDirectory } from '../../agent/journal/testing.ts'
+import { FileMirror } from '../../agent/mirror/index.ts'
 import { ScrubKeeper } from '../../agent/scrub/index.ts'
 import { silentLogger } from '../../core/log/index.ts'
 import { FailingDisk } from '../lab/failing-disk.ts'
 import { Random, testSeed } from '../kit/random.ts'
 import { GROUP_VMS, RetentionSite } from '../kit/retention-site.ts'
 
-// A disk of the recovery site has a block that cannot be read any more. A real file system over a real block device.
+// A disk of the recovery site has a block that cannot be read any more, or once not be written. A real file system over a real block device.
 
 const MiB = 1 << 20
 const seed = testSeed()
@@ -92,3 +95,45 @@ test.each(places)('a sector of a segment that cannot be read, %s: what needs it 
   expect(damagedIds(site)).toEqual([])
   await site.expectExact(site.list())
 }, 120_000)
+
+const NEXT_AGENT = `
+const { FileMirror } = await import(process.argv[1])
+await using mirror = await FileMirror.open(process.argv[2], Number(process.argv[3]))
+await mirror.zero(Number(process.argv[4]), Number(process.argv[5]))
+await mirror.datasync()`
+
+test.each(['by the same agent', 'by one that was started again'])('zeroes of which the fdatasync failed are in memory, and not on the disk: written again %s, they are there', async (who) => {
+  await using directory = await temporaryDirectory()
+  await using disk = await FailingDisk.mount(join(directory.path, 'disk'), 64 * MiB)
+  const path = join(disk.path, '0.raw')
+  const [offsetBytes, lengthBytes] = [256 * 1024, 64 * 1024]
+  const whatIsRead = async (): Promise<Buffer> => {
+    await using mirror = await FileMirror.open(path, MiB)
+    const bytes = Buffer.alloc(lengthBytes)
+    await mirror.read(offsetBytes, bytes)
+    return bytes
+  }
+  {
+    await using mirror = await FileMirror.open(path, MiB)
+    await mirror.write(0, [Buffer.alloc(MiB, 0xab)], MiB)
+    await mirror.datasync()
+  }
+  await disk.failWriteOnce(path, offsetBytes + random.int(0, lengthBytes))
+  {
+    await using mirror = await FileMirror.open(path, MiB)
+    await mirror.zero(offsetBytes, lengthBytes)
+    await expect(mirror.datasync()).rejects.toMatchObject({ code: 'EIO' })
+  }
+  // The trap: what is read says that there is nothing to do.
+  expect((await whatIsRead()).equals(Buffer.alloc(lengthBytes))).toBe(true)
+  if (who === 'by the same agent') {
+    await using mirror = await FileMirror.open(path, MiB)
+    await mirror.zero(offsetBytes, lengthBytes)
+    await mirror.datasync()
+  } else {
+    const args = [new URL('../../agent/mirror/index.ts', import.meta.url).href, path, MiB, offsetBytes, lengthBytes].map(String)
+    await promisify(execFile)(process.execPath, ['--input-type=module', '--eval', NEXT_AGENT, ...args])
+  }
+  await disk.remount()
+  expect((await whatIsRead()).equals(Buffer.alloc(lengthBytes))).toBe(true)
+}, 60_000)

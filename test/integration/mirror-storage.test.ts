@@ -84,7 +84,7 @@ describe.each(KINDS)('mirrors of kind %s', (kind) => {
     await storage.check([disk])
     {
       await using mirror = await storage.open(disk)
-      await mirror.zero(0, disk.sizeBytes, { rewrite: true })
+      await mirror.zero(0, disk.sizeBytes)
       await mirror.write(MIB - 512, [Buffer.alloc(512, 1), Buffer.alloc(4096, 2)], 4608)
       model.fill(1, MIB - 512, MIB).fill(2, MIB, MIB + 4096)
       await mirror.write(2 * MIB, [Buffer.alloc(MIB, 3)], MIB)

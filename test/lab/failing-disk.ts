@@ -7,7 +7,7 @@ const SECTOR_BYTES = 512
 const BLOCK_BYTES = 4096
 const EIO = 5
 
-/** A file system on a disk of which a block cannot be read any more. */
+/** A file system on a disk of which a block cannot be read, or once not be written. */
 export class FailingDisk implements AsyncDisposable {
   readonly path: string
   readonly #backing: string
@@ -34,14 +34,30 @@ export class FailingDisk implements AsyncDisposable {
 
   /** From now on the block of a file that holds this byte cannot be read (EIO). Nobody has a file open. */
   async failReads(file: string, offsetBytes: number): Promise<void> {
-    const sector = (await blockOf(file, Math.floor(offsetBytes / BLOCK_BYTES))) * (BLOCK_BYTES / SECTOR_BYTES)
+    await this.#failAt(file, offsetBytes, 'iotype=read')
+  }
+
+  /** The next write of the block of a file that holds this byte fails (EIO), the one after that does not. Nobody has a file open. */
+  async failWriteOnce(file: string, offsetBytes: number): Promise<void> {
+    await this.#failAt(file, offsetBytes, 'iotype=write', 'once=on')
+  }
+
+  /** As after a new boot: nothing is remembered of what was read or written. Nobody has a file open. */
+  async remount(): Promise<void> {
     await this.#unmount()
-    await this.#mount(['--blockdev', `blkdebug,node-name=failing,image=file,inject-error.0.event=none,inject-error.0.iotype=read,inject-error.0.errno=${EIO},inject-error.0.sector=${sector}`])
+    await this.#mount([])
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#unmount()
     rmSync(this.#backing, { force: true })
+  }
+
+  async #failAt(file: string, offsetBytes: number, ...how: string[]): Promise<void> {
+    const sector = (await blockOf(file, Math.floor(offsetBytes / BLOCK_BYTES))) * (BLOCK_BYTES / SECTOR_BYTES)
+    await this.#unmount()
+    const rule = ['event=none', `errno=${EIO}`, `sector=${sector}`, ...how].map((one) => `inject-error.0.${one}`)
+    await this.#mount(['--blockdev', `blkdebug,node-name=failing,image=file,${rule.join(',')}`])
   }
 
   async #mount(nodes: readonly string[]): Promise<void> {
