@@ -76,9 +76,16 @@ export class ExtentSums implements AsyncDisposable {
     this.#pages.clear()
   }
 
+  /** Once it has failed the file is empty: pages may be read as they are not on the disk, and one that is set to the same again is not written. */
   async datasync(): Promise<void> {
-    await this.flush()
-    if (this.#isWritten) await this.#handle.datasync()
+    try {
+      await this.flush()
+      if (this.#isWritten) await this.#handle.datasync()
+    } catch (error) {
+      this.#pages.clear()
+      await this.#handle.truncate(0)
+      throw error
+    }
     this.#isWritten = false
   }
 

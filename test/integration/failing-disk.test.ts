@@ -6,7 +6,7 @@ import { afterAll, expect, test } from '@jest/globals'
 import { SegmentSealer } from '../../agent/journal/index.ts'
 import type { SegmentInfo } from '../../agent/journal/index.ts'
 import { temporaryDirectory } from '../../agent/journal/testing.ts'
-import { FileMirror } from '../../agent/mirror/index.ts'
+import { ExtentSums, FileMirror, UNKNOWN_SUM } from '../../agent/mirror/index.ts'
 import { ScrubKeeper } from '../../agent/scrub/index.ts'
 import { silentLogger } from '../../core/log/index.ts'
 import { FailingDisk } from '../lab/failing-disk.ts'
@@ -136,4 +136,29 @@ test.each(['by the same agent', 'by one that was started again'])('zeroes of whi
   }
   await disk.remount()
   expect((await whatIsRead()).equals(Buffer.alloc(lengthBytes))).toBe(true)
+}, 60_000)
+
+test('sums of which the fdatasync failed are forgotten: none that was replaced is ever read again', async () => {
+  await using directory = await temporaryDirectory()
+  await using disk = await FailingDisk.mount(join(directory.path, 'disk'), 64 * MiB)
+  const path = join(disk.path, '0.sums')
+  const sums = async <T>(work: (sums: ExtentSums) => Promise<T>): Promise<T> => {
+    await using opened = await ExtentSums.open(path)
+    return await work(opened)
+  }
+  const setTo = (sum: number) => sums(async (opened) => {
+    await opened.set(7, sum)
+    await opened.datasync()
+  })
+  await setTo(11)
+  await sums(async (opened) => {
+    await opened.set(2_000, 5)
+    await opened.datasync()
+  })
+  await disk.failWriteOnce(path, 0)
+  await expect(setTo(12)).rejects.toMatchObject({ code: 'EIO' })
+  expect(await sums((opened) => opened.get(7))).toBe(UNKNOWN_SUM)
+  await setTo(12)
+  await disk.remount()
+  expect(await sums((opened) => Promise.all([opened.get(7), opened.get(2_000)]))).toEqual([12, UNKNOWN_SUM])
 }, 60_000)
