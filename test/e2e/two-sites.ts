@@ -1,4 +1,3 @@
-import { expect } from '@jest/globals'
 import { once } from 'node:events'
 import { appendFileSync } from 'node:fs'
 import { createServer, type AddressInfo } from 'node:net'
@@ -225,7 +224,7 @@ export const explained = async <T>(all: TwoSites, work: () => Promise<T>): Promi
     return await work()
   } catch (error) {
     const guests = await Promise.all(all.guests.map(whatItDoes))
-    if (process.env.CDP_DIAGNOSIS) appendFileSync(process.env.CDP_DIAGNOSIS, `${expect.getState().currentTestName ?? ''}: ${errorMessage(error)}\n${guests.join('\n')}\n`)
+    if (process.env.CDP_DIAGNOSIS) appendFileSync(process.env.CDP_DIAGNOSIS, `${errorMessage(error)}\n${guests.join('\n')}\n`)
     throw new CdpError('INTERNAL', `${errorMessage(error)}\n${guests.join('\n')}\n${all.logs()}`, { cause: error })
   }
 }
