@@ -230,10 +230,10 @@ export const explained = async <T>(all: TwoSites, work: () => Promise<T>): Promi
 }
 
 // Short, whatever waits: who has to read it has no more than this.
-const BLOCKED = 'for p in /proc/[0-9]*; do case "$(sed "s/.*) //" $p/stat 2>/dev/null)" in D*) echo "$(cat $p/comm):" $(sed "s/.* //; s/+.*//" $p/stack 2>/dev/null | head -n 5);; esac; done; for d in /sys/block/sd?; do echo "${d##*/} in flight:" $(cat $d/inflight); done; df /run /mnt/* | sed 1d; cat /proc/loadavg'
+const BLOCKED = 'for p in /proc/[0-9]*; do case "$(sed "s/.*) //" $p/stat 2>/dev/null)" in D*) echo "$(cat $p/comm):" $(sed "s/.* //; s/+.*//" $p/stack 2>/dev/null | head -n 5);; esac; done; echo in flight: $(cat /sys/block/sd?/inflight)'
 
 // QEMU before 10.0.7 and 10.1.3 may leave a request of an io_uring unsent until the next one comes.
-const READ_ONE = 'for d in /dev/sd?; do timeout 4 dd if=$d of=/dev/null bs=4k count=1 skip=3 iflag=direct 2>/dev/null || echo "$d cannot be read"; done; echo each disk was read'
+const READ_ONE = 'for d in /dev/sd?; do timeout 4 dd if=$d of=/dev/null bs=4k count=1 skip=3 iflag=direct 2>/dev/null || echo "$d cannot be read"; done; echo each disk was read; df /run /mnt/* | tr -s " " | cut -d " " -f 5,6 | sed 1d; cut -d " " -f 1 /proc/loadavg'
 
 /** For a failed test: is it there, what does QEMU hold of its disks, what in it waits for a disk, and does that go on after another request, or once QEMU's block layer was drained. */
 const whatItDoes = async (guest: Guest): Promise<string> => {
