@@ -2,7 +2,7 @@ import { readFile } from 'node:fs/promises'
 import { errorCode } from '../../core/errors/index.ts'
 import { readBootId, removeFile, writeFileDurably } from '../../core/files/index.ts'
 
-// A write or an fdatasync of a mirror file failed: the kernel may hold as clean what is on no disk, and shows it until it drops the page.
+// An fdatasync of a mirror file failed: the kernel may hold as clean what is on no disk, and shows it until it drops the page.
 // Only a new boot is sure to have dropped it, so the mark FILE.doubt names the boot. This process remembers also where no mark can be written.
 
 const doubted = new Set<string>()

@@ -78,11 +78,11 @@ export class ExtentSums implements AsyncDisposable {
 
   /** Once it has failed the file is empty: pages may be read as they are not on the disk, and one that is set to the same again is not written. */
   async datasync(): Promise<void> {
+    await this.flush()
+    if (!this.#isWritten) return
     try {
-      await this.flush()
-      if (this.#isWritten) await this.#handle.datasync()
+      await this.#handle.datasync()
     } catch (error) {
-      this.#pages.clear()
       await this.#handle.truncate(0)
       throw error
     }

@@ -1,7 +1,7 @@
 import { constants } from 'node:fs'
 import { open } from 'node:fs/promises'
 import type { FileHandle } from 'node:fs/promises'
-import { CdpError, errorCode } from '../../core/errors/index.ts'
+import { CdpError } from '../../core/errors/index.ts'
 import { writeAll } from '../../core/files/index.ts'
 import { isDoubted, noteDoubt } from './doubt-mark.ts'
 import type { MirrorDisk } from './mirror-disk.ts'
@@ -14,7 +14,7 @@ const ZEROES = Buffer.alloc(GRANULE_BYTES)
  *
  * Zeroing: Node has no way to punch a hole. A range that reads as zeroes already (a hole is read at memory speed) is left
  * alone, so a hole stays one; anything else is overwritten with zeroes, which keeps its blocks allocated. A file that had no
- * blocks when it was opened is known by granules of 1 MiB, so that what was never written is not even read. Once a write or an fdatasync
+ * blocks when it was opened is known by granules of 1 MiB, so that what was never written is not even read. Once an fdatasync
  * has failed, what reads as zeroes may be on no disk: until the next boot of the machine all zeroes are written.
  */
 export class FileMirror implements MirrorDisk {
@@ -65,7 +65,7 @@ export class FileMirror implements MirrorDisk {
     this.#check(offsetBytes, lengthBytes)
     this.#touch(offsetBytes, lengthBytes)
     this.#dirty = true
-    await this.#orDoubt(writeAll(this.#handle, buffers, lengthBytes, offsetBytes))
+    await writeAll(this.#handle, buffers, lengthBytes, offsetBytes)
   }
 
   async zero(offsetBytes: number, lengthBytes: number): Promise<void> {
@@ -105,7 +105,13 @@ export class FileMirror implements MirrorDisk {
   /** A failed one must not be repeated on this file: close, open, apply again. */
   async datasync(): Promise<void> {
     if (!this.#dirty) return
-    await this.#orDoubt(this.#handle.datasync())
+    try {
+      await this.#handle.datasync()
+    } catch (error) {
+      this.#isDoubted = true
+      await noteDoubt(this.path)
+      throw error
+    }
     this.#dirty = false
   }
 
@@ -115,24 +121,12 @@ export class FileMirror implements MirrorDisk {
     await this.#handle.close()
   }
 
-  /** A full disk is no doubt: the kernel refuses the write, and holds nothing of it. */
-  async #orDoubt(work: Promise<unknown>): Promise<void> {
-    try {
-      await work
-    } catch (error) {
-      const code = errorCode(error)
-      if (code !== 'ENOSPC' && code !== 'EDQUOT') {
-        this.#isDoubted = true
-        await noteDoubt(this.path)
-      }
-      throw error
-    }
-  }
-
   async #zeroPiece(offsetBytes: number, lengthBytes: number, scratch: Buffer): Promise<void> {
     const piece = scratch.subarray(0, lengthBytes)
     await this.read(offsetBytes, piece)
     const zeroes = ZEROES.subarray(0, lengthBytes)
+    // An agent that was killed may have written them, and nobody has made them durable.
+    this.#dirty = true
     if (piece.equals(zeroes)) return
     await this.write(offsetBytes, [zeroes], lengthBytes)
   }

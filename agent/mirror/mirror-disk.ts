@@ -14,7 +14,7 @@ export type ReadableMirror = AsyncDisposable & {
  */
 export type MirrorDisk = AsyncDisposable & {
   readonly sizeBytes: number
-  /** Something was written since the last `datasync`. */
+  /** Something was written since the last `datasync`, or is not known to be durable. */
   readonly dirty: boolean
   /** So many writes may be under way at once, if they do not overlap. */
   readonly lanes: number

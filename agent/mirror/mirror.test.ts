@@ -56,7 +56,20 @@ describe('FileMirror', () => {
     expect((await stat(disk.path)).blocks * 512).toBeLessThan(4 * MIB)
   })
 
-  test('a write failed in this boot: zeroes are written also where it reads as zeroes; in another boot: they are not, and the mark goes', async () => {
+  test('what reads as zeroes already is made durable all the same: an agent that was killed may have written it', async () => {
+    const path = join(directory, 'disk')
+    {
+      await using killed = await FileMirror.open(path, MIB)
+      await killed.write(0, [Buffer.alloc(MIB, 1)], MIB)
+      await killed.datasync()
+      await killed.zero(0, MIB)
+    }
+    await using disk = await FileMirror.open(path, MIB)
+    await disk.zero(0, MIB)
+    expect(disk.dirty).toBe(true)
+  })
+
+  test('an fdatasync failed in this boot: zeroes are written also where it reads as zeroes; in another boot: they are not, and the mark goes', async () => {
     const [path, mark] = [join(directory, 'disk'), join(directory, 'disk.doubt')]
     const blocksAfterZeroing = async (): Promise<number> => {
       await using disk = await FileMirror.open(path, MIB)
