@@ -185,7 +185,7 @@ export class StreamReceiver implements Disposable {
     try {
       const { store, generation } = await this.#options.admit(hello, this)
       if (this.#closed) return
-      const answer = hello.epoch === 0 ? await store.beginEpoch(hello.disks) : await store.resumeEpoch(hello.epoch)
+      const answer = hello.epoch === 0 ? await store.beginEpoch(hello.disks, { joins: hello.joins === true }) : await store.resumeEpoch(hello.epoch)
       const hasData = this.#options.hashes !== undefined && (await mirrorHasData(store.directory, answer.disks))
       if (this.#closed) return
       this.#store = store

@@ -1,10 +1,9 @@
 import { join } from 'node:path'
 import { RecordKind } from '../../core/record/index.ts'
-import type { DiskEntry } from '../../core/record/index.ts'
 import { MirrorSet } from '../mirror/index.ts'
 import type { MirrorStorage } from '../mirror/index.ts'
 import type { QueuedFrame } from './frame-queue.ts'
-import { saveVmState, syncDirectory } from './vm-state.ts'
+import { resized, saveVmState, syncDirectory } from './vm-state.ts'
 import type { VmState } from './vm-state.ts'
 
 export const DIRECT_COMMIT_BYTES = 8 * 1024 * 1024
@@ -56,6 +55,3 @@ export class DirectLog implements AsyncDisposable {
     await this.#mirrors[Symbol.asyncDispose]()
   }
 }
-
-/** The disks with one of them grown. */
-export const resized = (disks: DiskEntry[], disk: number, sizeBytes: number): DiskEntry[] => disks.map((one) => (one.disk === disk && one.sizeBytes < sizeBytes ? { ...one, sizeBytes } : one))

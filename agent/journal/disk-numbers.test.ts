@@ -2,7 +2,7 @@ import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { expect, test } from '@jest/globals'
 import type { DiskEntry } from '../../core/record/index.ts'
-import { admitDisks, numberDisks } from './disk-numbers.ts'
+import { admitDisks, numberDisks, withJoining } from './disk-numbers.ts'
 import { seededRandom } from './testing.ts'
 
 const disk = (key: string, sizeBytes = 512) => ({ key, sizeBytes })
@@ -65,4 +65,11 @@ test('with mirrors as the only memory of disks that went, no number changes hand
 test('what no disk can be is refused', async () => {
   await expect(admitDisks('/nowhere', [], [disk('scsi0', 100)])).rejects.toMatchObject({ code: 'BAD_INPUT' })
   await expect(admitDisks('/nowhere', [], [disk('scsi0'), disk('scsi0')])).rejects.toMatchObject({ code: 'BAD_INPUT' })
+})
+
+test('what came since, or has not joined yet, joins; but a VM of which nothing is whole has no disk that joins', () => {
+  const entry = (number: number, joining?: true): DiskEntry => ({ disk: number, key: `scsi${number}`, sizeBytes: 512, ...(joining === undefined ? {} : { joining }) })
+  expect(withJoining([entry(0), entry(1, true)], [entry(0), entry(1), entry(2)])).toEqual([entry(0), entry(1, true), entry(2, true)])
+  expect(withJoining([entry(0), entry(1, true)], [entry(1), entry(2)])).toEqual([entry(1), entry(2)])
+  expect(withJoining([entry(0)], [entry(0)])).toEqual([entry(0)])
 })

@@ -20,6 +20,16 @@ export const numberDisks = (known: readonly DiskEntry[], next: number, found: re
   })
 }
 
+/**
+ * Those of a complete base that came, or whose first copy has not ended, are joining; if that would be all, none is: their content is part of the attach's sync. Pure.
+ * @param known the disks of the attach before
+ */
+export const withJoining = (known: readonly DiskEntry[], numbered: readonly DiskEntry[]): DiskEntry[] => {
+  const isWhole = ({ disk }: DiskEntry): boolean => known.some((one) => one.disk === disk && one.joining !== true)
+  if (!numbered.some(isWhole)) return [...numbered]
+  return numbered.map((one) => (isWhole(one) ? one : { ...one, joining: true }))
+}
+
 /** The lowest number that was never given: every disk has a mirror from its first attach on, and keeps it after it is gone. */
 const nextNumber = async (directory: string, known: readonly DiskEntry[]): Promise<number> => {
   const names = await readdir(join(directory, 'mirror')).catch((error: unknown) => {

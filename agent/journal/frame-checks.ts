@@ -10,9 +10,12 @@ export type JournalMark = { seq: number; epoch: number; atUnixMs: number } & (
   | { is: 'syncBegin'; mark: SyncMark }
   | { is: 'syncEnd'; mark: SyncEndMark }
   | { is: 'resize'; disk: number; sizeBytes: number }
+  | { is: 'joined'; disk: number }
 )
 
-export type ResizeMark = Extract<JournalMark, { is: 'resize' }>
+/** What changes the disks of the VM from its record on. */
+export type DiskMark = Extract<JournalMark, { is: 'resize' | 'joined' }>
+export const isDiskMark = (mark: JournalMark): mark is DiskMark => mark.is === 'resize' || mark.is === 'joined'
 
 /** Size of each disk by its number, as the stream has it so far. */
 export type DiskSizes = Map<number, number>
@@ -34,7 +37,7 @@ const proofMark = (json: unknown): ProofMark => {
   return json as ProofMark
 }
 
-const isMark = (kind: number): boolean => kind === RecordKind.resize || hasJson(kind)
+const isMark = (kind: number): boolean => kind === RecordKind.resize || kind === RecordKind.joined || hasJson(kind)
 
 const markOf = (frame: Frame, index: number, payload: Buffer): JournalMark => {
   const { header, table } = frame
@@ -42,6 +45,7 @@ const markOf = (frame: Frame, index: number, payload: Buffer): JournalMark => {
   const kind = table.kind(index)
   const offset = table.offsetBytes(index)
   if (kind === RecordKind.resize) return { ...place, is: 'resize', disk: table.disk(index), sizeBytes: offset }
+  if (kind === RecordKind.joined) return { ...place, is: 'joined', disk: table.disk(index) }
   const json = recordJson(table, index, payload)
   if (kind === RecordKind.checkpoint) return { ...place, is: 'checkpoint', namedSeq: offset, mark: parseCheckpointMark(json) }
   if (kind === RecordKind.epoch) return { ...place, is: 'epoch', mark: parseEpochMark(json) }
@@ -78,7 +82,7 @@ export const checkRecords = (frame: Frame, sizes: DiskSizes): void => {
   const { header, table } = frame
   for (let index = 0; index < table.count; index++) {
     const kind = table.kind(index)
-    const aboutDisk = hasRange(kind) || kind === RecordKind.resize || kind === RecordKind.syncProgress
+    const aboutDisk = hasRange(kind) || kind === RecordKind.resize || kind === RecordKind.joined || kind === RecordKind.syncProgress
     if (!aboutDisk) continue
     const disk = table.disk(index)
     const sizeBytes = sizes.get(disk)

@@ -51,7 +51,7 @@ export class JournalLog implements AsyncDisposable {
   }
 
   /** @param baseSeq what the mirror holds */
-  static async open(options: JournalLogOptions, baseSeq: number): Promise<{ log: JournalLog; resizes: OpenedJournal['resizes'] }> {
+  static async open(options: JournalLogOptions, baseSeq: number): Promise<{ log: JournalLog; diskMarks: OpenedJournal['diskMarks'] }> {
     const journalDirectory = join(options.directory, 'journal')
     await mkdir(journalDirectory, { recursive: true })
     await using held = new AsyncDisposableStack()
@@ -66,7 +66,7 @@ export class JournalLog implements AsyncDisposable {
     held.move()
     const log = new JournalLog(options, opened, active, hintHandle)
     log.#sealNext()
-    return { log, resizes: opened.resizes }
+    return { log, diskMarks: opened.diskMarks }
   }
 
   get durableSeq(): number {

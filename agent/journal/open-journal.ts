@@ -6,8 +6,8 @@ import { writeAll } from '../../core/files/index.ts'
 import { firstSeqOfSegmentFile, parseSegmentHeader, SEGMENT_HEADER_BYTES, SEGMENT_TRAILER_BYTES } from '../index/index.ts'
 import type { SegmentHeader, SegmentTrailer } from '../index/index.ts'
 import type { DurableHint } from './durable-hint.ts'
-import { marksOf } from './frame-checks.ts'
-import type { ResizeMark } from './frame-checks.ts'
+import { isDiskMark, marksOf } from './frame-checks.ts'
+import type { DiskMark } from './frame-checks.ts'
 import { scanFrames } from './frame-scan.ts'
 import type { BadStretch, ScanRange } from './frame-scan.ts'
 import { DamageList } from './segment-info.ts'
@@ -23,7 +23,7 @@ export type OpenedJournal = {
   /** The last segment may be appended to. */
   lastIsOpen: boolean
   /** Resizes that stand in unsealed segments, in order. */
-  resizes: ResizeMark[]
+  diskMarks: DiskMark[]
 }
 
 type Probe = { path: string; firstSeq: number; fileBytes: number; header: SegmentHeader | undefined; headerProblem: string; trailer: SegmentTrailer | undefined }
@@ -96,7 +96,7 @@ export class JournalOpening {
   readonly #hint: DurableHint | undefined
   readonly #damage = new DamageList()
   readonly #report: OpenReport = { resealed: [], scannedBytes: 0 }
-  readonly #resizes: OpenedJournal['resizes'] = []
+  readonly #diskMarks: OpenedJournal['diskMarks'] = []
 
   constructor(directory: string, vm: string, hint: DurableHint | undefined) {
     this.#directory = directory
@@ -130,7 +130,7 @@ export class JournalOpening {
       durableSeq = this.#hint.seq
       lastIsOpen = false
     }
-    return { segments, durableSeq, damage: this.#damage, report: this.#report, lastIsOpen, resizes: this.#resizes }
+    return { segments, durableSeq, damage: this.#damage, report: this.#report, lastIsOpen, diskMarks: this.#diskMarks }
   }
 
   async #probeAll(): Promise<Probe[]> {
@@ -248,7 +248,7 @@ export class JournalOpening {
     info.lastSeq = header.lastSeq
     info.framesEndBytes = offsetBytes + lengthBytes
     this.#report.scannedBytes += lengthBytes
-    for (const mark of marksOf(frame) ?? []) if (mark.is === 'resize') this.#resizes.push(mark)
+    for (const mark of marksOf(frame) ?? []) if (isDiskMark(mark)) this.#diskMarks.push(mark)
   }
 
   #missing(segment: number, firstSeq: number, lastSeq: number): void {

@@ -6,18 +6,33 @@ export class StateFile {
   readonly path: string
   #state: VmState
   #saving: Promise<unknown> = Promise.resolve()
+  /** Changes noted since the save that is under way began. */
+  #noted: ((state: VmState) => VmState)[] = []
+  #isBehind = false
 
   constructor(path: string, state: VmState) {
     this.path = path
     this.#state = state
   }
 
-  /** The newest state that is durable. */
+  /** The newest state: what is durable, and what the journal says on top of it. */
   get state(): VmState {
     return this.#state
   }
 
-  /** Takes over what somebody else made durable (the initial sync), or what the journal says on top of the file. */
+  /** The file does not say all of it: a change that was noted could not be saved. */
+  get isBehind(): boolean {
+    return this.#isBehind
+  }
+
+  /** Takes over at once what the journal says durably, whatever else is being saved; the next `update` writes it. */
+  note(change: (state: VmState) => VmState): void {
+    this.#state = change(this.#state)
+    this.#noted.push(change)
+    this.#isBehind = true
+  }
+
+  /** Takes over what somebody else made durable (the initial sync). */
   adopt(state: VmState): void {
     this.#state = state
   }
@@ -26,6 +41,7 @@ export class StateFile {
   update(change: (state: VmState) => VmState): Promise<VmState> {
     const saved = this.#saving.then(async () => {
       const next = change(this.#state)
+      this.#noted = []
       try {
         await saveVmState(this.path, next)
       } catch (error) {
@@ -34,7 +50,8 @@ export class StateFile {
         if (found !== undefined) this.#state = { ...this.#state, baseSeq: found.baseSeq, promotingToSeq: found.promotingToSeq }
         throw error
       }
-      this.#state = next
+      this.#state = this.#noted.reduce((state, noted) => noted(state), next)
+      this.#isBehind = this.#noted.length > 0
       return next
     })
     this.#saving = saved.catch(() => undefined)

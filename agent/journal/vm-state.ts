@@ -2,6 +2,7 @@ import { open, readFile, rename, rm } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { CdpError, errorCode } from '../../core/errors/index.ts'
 import type { DiskEntry } from '../../core/record/index.ts'
+import type { DiskMark } from './frame-checks.ts'
 
 /** `vm.json` (docs/format.md, "Mirror"). */
 export type VmState = {
@@ -27,7 +28,7 @@ export const newVmState = (vm: string): VmState => ({ format: 1, vm, epoch: 0, b
 
 const isCount = (value: unknown): boolean => Number.isSafeInteger(value) && (value as number) >= 0
 const isObject = (value: unknown): value is Record<string, unknown> => typeof value === 'object' && value !== null && !Array.isArray(value)
-const isDisk = (value: unknown): boolean => isObject(value) && isCount(value.disk) && typeof value.key === 'string' && isCount(value.sizeBytes)
+const isDisk = (value: unknown): boolean => isObject(value) && isCount(value.disk) && typeof value.key === 'string' && isCount(value.sizeBytes) && (value.joining === undefined || value.joining === true)
 
 /** @throws CdpError FORMAT */
 export const parseVmState = (text: string): VmState => {
@@ -51,8 +52,9 @@ export const parseVmState = (text: string): VmState => {
 /** The lowest sequence that can still be recovered: what the mirror holds, or is being brought to. */
 export const recoverableFrom = ({ baseSeq, promotingToSeq }: VmState): number => Math.max(baseSeq, promotingToSeq ?? 0)
 
-/** The disks as of a sequence. */
-export const disksAt = ({ disks, disksBefore = [] }: VmState, seq: number): readonly DiskEntry[] => disksBefore.find(({ upToSeq }) => seq <= upToSeq)?.disks ?? disks
+/** The disks as of a sequence: those that were whole then. */
+export const disksAt = ({ disks, disksBefore = [] }: VmState, seq: number): readonly DiskEntry[] =>
+  (disksBefore.find(({ upToSeq }) => seq <= upToSeq)?.disks ?? disks).filter(({ joining }) => joining !== true)
 
 /** The state with other disks behind `lastSeq`; what they were before is kept for as long as something of that time can be recovered. */
 export const withDisks = (state: VmState, disks: DiskEntry[], lastSeq: number): VmState => {
@@ -62,6 +64,15 @@ export const withDisks = (state: VmState, disks: DiskEntry[], lastSeq: number): 
   if ((before.at(-1)?.upToSeq ?? -1) < lastSeq) before.push({ upToSeq: lastSeq, disks: state.disks })
   return { ...state, disks, disksBefore: before }
 }
+
+/** The state after a record that changes a disk. */
+export const afterMark = (state: VmState, mark: DiskMark): VmState =>
+  withDisks(state, mark.is === 'resize' ? resized(state.disks, mark.disk, mark.sizeBytes) : joined(state.disks, mark.disk), mark.seq - 1)
+
+/** The disks with one of them grown. */
+export const resized = (disks: DiskEntry[], disk: number, sizeBytes: number): DiskEntry[] => disks.map((one) => (one.disk === disk && one.sizeBytes < sizeBytes ? { ...one, sizeBytes } : one))
+
+const joined = (disks: DiskEntry[], disk: number): DiskEntry[] => disks.map((one) => (one.disk === disk ? { disk, key: one.key, sizeBytes: one.sizeBytes } : one))
 
 /** The state in `path`, or undefined if there is no such file. @throws CdpError FORMAT */
 export const loadVmState = async (path: string): Promise<VmState | undefined> => {

@@ -8,10 +8,11 @@ import { Admission, staleEpoch } from './admission.ts'
 import { BaseKeeper } from './base-keeper.ts'
 import { DamageBook, readDamageFile } from './damage-book.ts'
 import type { DamageFile } from './damage-book.ts'
-import { DIRECT_COMMIT_BYTES, DIRECT_COMMIT_MS, DirectLog, resized } from './direct-log.ts'
-import { admitDisks } from './disk-numbers.ts'
+import { DIRECT_COMMIT_BYTES, DIRECT_COMMIT_MS, DirectLog } from './direct-log.ts'
+import { admitDisks, withJoining } from './disk-numbers.ts'
 import { isFull, storeFull } from './store-full.ts'
-import type { JournalMark, ResizeMark } from './frame-checks.ts'
+import { isDiskMark } from './frame-checks.ts'
+import type { DiskMark, JournalMark } from './frame-checks.ts'
 import { FrameQueue } from './frame-queue.ts'
 import type { QueuedFrame } from './frame-queue.ts'
 import { JournalLog, SEGMENT_LIMITS } from './journal-log.ts'
@@ -28,14 +29,13 @@ import { verifyJournal, verifySegmentOf } from './verify-journal.ts'
 import type { VerifyReport } from './verify-journal.ts'
 import type { VerifiedSegment } from './verify-segment.ts'
 import { checkPreseeds, takePreseeds } from './preseed.ts'
-import { disksAt, loadVmState, newVmState, saveVmState, withDisks } from './vm-state.ts'
+import { afterMark, disksAt, loadVmState, newVmState, saveVmState, withDisks } from './vm-state.ts'
 import type { VmState } from './vm-state.ts'
 
 const COMMIT_BYTES = 16 * 1024 * 1024
 const QUEUE_BYTES = 64 * 1024 * 1024
 
-/** A disk has grown: larger from this record on. */
-const resizedBy = (state: VmState, { seq, disk, sizeBytes }: ResizeMark): VmState => withDisks(state, resized(state.disks, disk, sizeBytes), seq - 1)
+const afterMarks = (state: VmState, marks: readonly DiskMark[]): VmState => marks.reduce(afterMark, state)
 
 /** The durable store of one VM: its epoch, its journal, and during the initial sync its mirror disks. */
 export class VmStore implements AsyncDisposable {
@@ -113,7 +113,7 @@ export class VmStore implements AsyncDisposable {
     let state = found ?? newVmState(options.vm)
     const limits = { segmentBytes: options.limits?.segmentBytes ?? SEGMENT_LIMITS.segmentBytes, segmentRecords: options.limits?.segmentRecords ?? SEGMENT_LIMITS.segmentRecords }
     await using held = new AsyncDisposableStack()
-    const { log: journal, resizes } = await JournalLog.open({ ...options, limits }, state.baseComplete ? state.baseSeq : state.directSeq)
+    const { log: journal, diskMarks } = await JournalLog.open({ ...options, limits }, state.baseComplete ? state.baseSeq : state.directSeq)
     held.use(journal)
     const damage = await readDamageFile(options.directory, options.log)
     if (found === undefined) {
@@ -122,7 +122,10 @@ export class VmStore implements AsyncDisposable {
       }
       await saveVmState(statePath, state)
     }
-    for (const mark of resizes) if (mark.epoch === state.epoch) state = resizedBy(state, mark)
+    const replayed = afterMarks(state, diskMarks.filter(({ epoch }) => epoch === state.epoch))
+    // Whoever opens a recovery point reads the file.
+    if (JSON.stringify(replayed) !== JSON.stringify(state)) await saveVmState(statePath, replayed)
+    state = replayed
     held.move()
     const store = new VmStore(options, state, journal, damage)
     store.#logOpened()
@@ -185,9 +188,11 @@ export class VmStore implements AsyncDisposable {
    * before are made durable first.
    * @throws CdpError BAD_INPUT for impossible disks, CONFLICT for a preseed that does not fit, IO with context.condition if the store is full or failed
    */
-  beginEpoch(disks: readonly DiskEntry[]): Promise<EpochAnswer> {
+  beginEpoch(disks: readonly DiskEntry[], options: { /** The sender copies disks that come beside checkpoints. */ joins?: boolean } = {}): Promise<EpochAnswer> {
     return this.#attach(async () => {
-      const admitted = await admitDisks(this.directory, this.#state.disks, disks)
+      const { disks: known, baseComplete } = this.#state
+      const numbered = await admitDisks(this.directory, known, disks)
+      const admitted = baseComplete && options.joins === true ? withJoining(known, numbered) : numbered
       if (!this.#state.baseComplete) await checkPreseeds(this.directory, this.#mirrors, admitted)
       await this.#mirrors.check(admitted)
       return async () => {
@@ -366,12 +371,11 @@ export class VmStore implements AsyncDisposable {
     await journal.append(batch)
     if (this.#recycle !== undefined) for (const bytes of batch.buffers) this.#recycle(bytes)
     this.#queue.release(batch.lengthBytes)
-    const resizes = (marks ?? []).filter((mark) => mark.is === 'resize')
+    const diskMarks = (marks ?? []).filter(isDiskMark)
     // A store that is opened again has them from the journal.
-    if (resizes.length > 0) this.#file.adopt(resizes.reduce(resizedBy, this.#state))
+    if (diskMarks.length > 0) this.#file.note((state) => afterMarks(state, diskMarks))
     if (!(await this.#takeMarks(marks))) return
-    // For whoever reads the file.
-    if (resizes.length > 0) await this.#file.update((state) => state)
+    await this.#saveNoted()
     this.#acknowledge()
     await journal.writeHint()
   }
@@ -414,6 +418,11 @@ export class VmStore implements AsyncDisposable {
       const timer = setTimeout(done, waitMs)
       this.#wake = done
     })
+  }
+
+  /** For whoever reads the file. */
+  async #saveNoted(): Promise<void> {
+    if (this.#file.isBehind) await this.#file.update((state) => state)
   }
 
   /** False: marks that are not taken must not be acknowledged. The store has stopped, and whoever opens it again replays them from the journal. */
@@ -461,6 +470,7 @@ export class VmStore implements AsyncDisposable {
     try {
       // What is durable here and was not taken where the marks go is taken before it is acknowledged.
       this.onRecords?.([])
+      await this.#saveNoted()
     } catch (error) {
       if (isFull(error)) throw this.#refusal()
       throw error

@@ -76,9 +76,16 @@ const pluginVpgText = (vpg: VpgStatus, paint: Painter, nowUnixMs: number): strin
   ])
   const syncs = vpg.vms.flatMap((vm) => (vm.sync === undefined ? [] : [`  VM ${vm.vmId}: ${syncText(vm.sync)}\n`]))
   const verifies = vpg.vms.flatMap((vm) => (vm.verify === undefined ? [] : [`  VM ${vm.vmId}: ${verifyText(vm.verify, nowUnixMs)}\n`]))
+  const joins = vpg.vms.flatMap((vm) => (vm.joining === undefined ? [] : [`  VM ${vm.vmId}: ${joiningText(vm.joining)}\n`]))
   const rounds = vpg.vms.flatMap((vm) => (vm.rounds === undefined ? [] : [`  VM ${vm.vmId}: ${roundsText(vm.rounds, nowUnixMs)}\n`]))
   const holds = vpg.vms.flatMap((vm) => (vm.holds ?? []).map((hold) => `  VM ${vm.vmId}: ${holdText(hold)}\n`))
-  return `${head.join('\n')}\n${rows.length === 0 ? '' : formatTable(columns, rows, paint, '  ')}${syncs.join('')}${verifies.join('')}${rounds.join('')}${holds.join('')}`
+  return `${head.join('\n')}\n${rows.length === 0 ? '' : formatTable(columns, rows, paint, '  ')}${syncs.join('')}${joins.join('')}${verifies.join('')}${rounds.join('')}${holds.join('')}`
+}
+
+/** "first copy of scsi1 beside checkpoints, which lack it until then: 12 GiB of 32 GiB (38 %)". */
+export const joiningText = ({ keys, doneBytes, totalBytes, failed }: NonNullable<VmStatus['joining']>): string => {
+  const done = failed === undefined || doneBytes > 0 ? `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)} (${totalBytes === 0 ? 100 : Math.floor((100 * doneBytes) / totalBytes)} %)` : 'waits for its next try'
+  return `first copy of ${printable(keys.join(', '))} beside checkpoints, which lack it until then: ${done}${failed === undefined ? '' : `; the last try ended: ${printable(failed)}`}`
 }
 
 /** "12 rounds under the backup, the newest 2026-11-23T07:10:00+01:00 (8 s ago)". */

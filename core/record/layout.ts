@@ -32,13 +32,14 @@ export const RecordKind = {
   syncEnd: 10,
   epoch: 11,
   proof: 12,
+  joined: 13,
 } as const
 export type RecordKind = (typeof RecordKind)[keyof typeof RecordKind]
 
 const RANGE = 1
 const DATA = 2
 const JSON_TEXT = 4
-const TRAITS = [0, RANGE | DATA, RANGE, RANGE, 0, JSON_TEXT, RANGE | DATA, RANGE, JSON_TEXT, 0, JSON_TEXT, JSON_TEXT, JSON_TEXT]
+const TRAITS = [0, RANGE | DATA, RANGE, RANGE, 0, JSON_TEXT, RANGE | DATA, RANGE, JSON_TEXT, 0, JSON_TEXT, JSON_TEXT, JSON_TEXT, 0]
 
 export const isKnownKind = (kind: number): kind is RecordKind => kind >= 1 && kind < TRAITS.length
 /** The record changes a range of a disk: write, zero, discard, sync, syncZero. */

@@ -1,7 +1,7 @@
 import { CdpError } from '../errors/index.ts'
 
-/** A disk of a VM: its number in records, Proxmox's key ("scsi0") and its size. */
-export type DiskEntry = { disk: number; key: string; sizeBytes: number }
+/** A disk of a VM: its number in records, Proxmox's key ("scsi0") and its size. `joining`: it is being copied for the first time, and is no part of a checkpoint yet. */
+export type DiskEntry = { disk: number; key: string; sizeBytes: number; joining?: true }
 
 export type CheckpointKind = 'automatic' | 'tagged' | 'quiesced'
 

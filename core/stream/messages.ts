@@ -24,6 +24,8 @@ export type Hello = {
   epoch: number
   disks: DiskEntry[]
   reason: string
+  /** The sender copies disks that are joining beside checkpoints; one that does not brings them with its sync. */
+  joins?: true
 }
 export type Welcome = {
   epoch: number
@@ -131,7 +133,7 @@ const isName = (value: unknown): value is string => typeof value === 'string' &&
 /** @throws CdpError STREAM_PROTOCOL */
 export const readHello = (body: Buffer): Hello => {
   const json = readJson(body, 'hello')
-  const { protocol, vm, vpg, vms, generation, epoch, disks, reason } = json
+  const { protocol, vm, vpg, vms, generation, epoch, disks, reason, joins } = json
   if (protocol !== STREAM_PROTOCOL) throw new CdpError('STREAM_PROTOCOL', `peer speaks stream protocol ${JSON.stringify(protocol)}, this side ${STREAM_PROTOCOL}`, { hint: 'Install the same version of pve-cdp on both sites.' })
   if (
     !isVmName(vm) || !isName(vpg) || !Array.isArray(vms) || vms.length > 1000 || !vms.every(isVmName) || !vms.includes(vm) ||
@@ -139,7 +141,7 @@ export const readHello = (body: Buffer): Hello => {
   ) {
     throw broken('hello')
   }
-  return { protocol: STREAM_PROTOCOL, vm, vpg, vms, generation, epoch, disks, reason }
+  return { protocol: STREAM_PROTOCOL, vm, vpg, vms, generation, epoch, disks, reason, ...(joins === true ? { joins } : {}) }
 }
 
 /** @throws CdpError STREAM_PROTOCOL */

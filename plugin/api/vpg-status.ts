@@ -34,6 +34,7 @@ const vmStatus = (vm: ProtectedVm, last: VerifyRecord | undefined, node: string,
     sinceUnixMs: state.sinceUnixMs,
     ...(sync === undefined ? {} : { sync }),
     ...(verify === undefined ? {} : { verify }),
+    ...(vm.joining === undefined ? {} : { joining: { ...vm.joining, keys: [...vm.joining.keys] } }),
     ...(state.is !== 'tracking' || state.rounds === undefined ? {} : { rounds: state.rounds }),
     ...(vm.holds.length === 0 ? {} : { holds: [...vm.holds] }),
     receivedSeq: stats?.receivedSeq ?? 0,
@@ -100,7 +101,8 @@ export const vpgStatus = (vpg: Vpg, nowUnixMs: number): VpgStatus => {
     }
     if (lastValid === undefined) return ['initializing', 'no checkpoint is valid yet']
     if (late) return ['degraded', `the newest valid checkpoint is ${Math.round((rpoMs ?? 0) / 1000)} s old`]
-    return ['protected', 'all VMs are streaming']
+    const joining = vms.flatMap((vm) => (vm.joining === undefined ? [] : [`${vm.joining.keys.join(', ')} of VM ${vm.vmId} is copied for the first time and in no checkpoint yet`]))
+    return ['protected', ['all VMs are streaming', ...joining].join('; ')]
   })()
   return {
     name: definition.name, state, reason, rpoMs, checkpointEveryMs: definition.checkpointEveryMs, abandonedCuts,

@@ -8,7 +8,8 @@ import { FIRST_GENERATION, STREAM_PROTOCOL } from '../../core/stream/index.ts'
 import type { Welcome } from '../../core/stream/index.ts'
 import { SlabPool, SpillFile, SpillingQueue } from '../buffer/index.ts'
 import { RateCell, RateLimit, StreamLink } from '../replicate/index.ts'
-import { DurableProgress, RaceGuard, SyncRun, VerifyRound } from '../sync/index.ts'
+import { DurableLag, DurableProgress, RaceGuard, SyncRun, VerifyRound } from '../sync/index.ts'
+import type { SyncOptions } from '../sync/index.ts'
 import { AckMeter } from './ack-meter.ts'
 import { MAX_WRITE_BYTES } from './connection.ts'
 import type { CapturedDisk } from './connection.ts'
@@ -32,6 +33,9 @@ const SPILL_SHARE = 0.5
 const READS_IN_FLIGHT = 8
 /** What a VM needed and does not need any more is given back to the others. */
 const TRIM_EVERY_TICKS = 10
+/** A first copy beside checkpoints waits while what was recorded waits for so long to be durable: the next checkpoint stands behind it. */
+const JOIN_LAG_MS = 1_000
+const JOIN_READS_IN_FLIGHT = 2
 /** A verify is in no hurry. */
 const VERIFY_READS_IN_FLIGHT = 2
 /** With fewer acknowledgements in a second one hiccup would be the p99. */
@@ -78,6 +82,8 @@ export class CaptureSession implements AsyncDisposable {
   readonly #hashes: StreamHashes
   readonly #progress = new DurableProgress()
   #sync: AbortController | undefined
+  /** The same, if it is a first copy beside checkpoints. */
+  #join: AbortController | undefined
   #delivering: AbortController | undefined
   /** Of a verify, until its verdict. */
   #round: { abort: AbortController; verify: VerifyRound } | undefined
@@ -118,7 +124,7 @@ export class CaptureSession implements AsyncDisposable {
     this.#link = new StreamLink({
       ...(limit === undefined ? {} : { limit }),
       queue: this.#queue, connect: options.connect, random: options.random,
-      hello: (epoch, reason) => ({ protocol: STREAM_PROTOCOL, vm, vpg, vms, generation, epoch, disks: this.#entries(), reason }),
+      hello: (epoch, reason) => ({ protocol: STREAM_PROTOCOL, vm, vpg, vms, generation, epoch, disks: this.#entries(), reason, joins: true }),
       onUp: () => {
         emit({ is: 'link', up: true, why: '' })
         this.#wake()
@@ -187,7 +193,11 @@ export class CaptureSession implements AsyncDisposable {
     const { promise: welcomed, resolve } = Promise.withResolvers<Welcome>()
     const agentLostData = await this.#link.open(reason, (welcome) => {
       // The agent gives the numbers.
-      for (const disk of this.#disks) disk.disk = welcome.disks.find(({ key }) => key === disk.key)?.disk ?? disk.disk
+      for (const disk of this.#disks) {
+        const given = welcome.disks.find(({ key }) => key === disk.key)
+        disk.disk = given?.disk ?? disk.disk
+        disk.joining = given?.joining
+      }
       this.#recorder.begin(welcome.epoch, welcome.durableSeq, !welcome.baseComplete)
       this.#consistentFromSeq = Infinity
       this.#cutLog.reset(this.#options.clock.read(), welcome.durableSeq)
@@ -213,28 +223,71 @@ export class CaptureSession implements AsyncDisposable {
     return { rejoined: true }
   }
 
-  async sync({ kind, reason, before: nameBefore, exportSocketPath, disks, rateBytesPerSec }: Ask<'sync'>): Answer<'sync'> {
+  async sync({ kind, reason, before, ...copy }: Ask<'sync'>): Answer<'sync'> {
     this.#mustBeAttached()
-    this.#stopSync('another sync begins')
-    const abort = new AbortController()
-    this.#sync = abort
+    const { signal } = this.#newSync('another sync begins')
+    // A copy in the middle of a stream is one batch: no checkpoint stands in it.
+    this.#consistentFromSeq = Infinity
+    this.#recorder.mark(RecordKind.syncBegin, 0, { kind, reason, before })
+    const sentBytes = await this.#copy(copy, { signal, readsInFlight: READS_IN_FLIGHT, admit: this.#admission(copy.rateBytesPerSec) })
+    signal.throwIfAborted()
+    this.#recorder.mark(RecordKind.syncEnd, 0, kind === 'delta' ? { kind, sentBytes } : { kind })
+    this.#recorder.endDirect()
+    this.#recorder.flush()
+    this.#comeInStep()
+    this.#endSync()
+    return { lastSeq: this.#recorder.lastSeq }
+  }
+
+  async join(copy: Ask<'join'>): Answer<'join'> {
+    if (!this.#isConsistent()) throw new CdpError('CONFLICT', 'capture is not in step', { retry: true })
+    this.#join = this.#newSync('another copy begins')
+    const { signal } = this.#join
+    const lag = new DurableLag()
+    const mayGoOn = (): boolean => {
+      const nowMs = performance.now()
+      lag.note(this.#recorder.lastSeq, nowMs)
+      return lag.ms(this.#link.durableSeq, nowMs) < JOIN_LAG_MS
+    }
+    await this.#copy(copy, { signal, readsInFlight: JOIN_READS_IN_FLIGHT, admit: this.#admission(copy.rateBytesPerSec, mayGoOn) })
+    signal.throwIfAborted()
+    this.#recorder.flush()
+    this.#endSync()
+    return { lastSeq: this.#recorder.lastSeq }
+  }
+
+  async endJoin({ why }: Ask<'endJoin'>): Answer<'endJoin'> {
+    if (this.#join !== undefined && this.#join === this.#sync) this.#stopSync(why)
+    return {}
+  }
+
+  async joined({ disks }: Ask<'joined'>): Answer<'joined'> {
+    if (!this.#isConsistent()) throw new CdpError('ABORTED', 'capture is not in step any more', { retry: true })
+    for (const disk of this.#disks.filter((one) => disks.includes(one.disk))) {
+      this.#recorder.range(RecordKind.joined, disk.disk, 0, 0)
+      disk.joining = undefined
+    }
+    this.#recorder.flush()
+    // A guest that writes nothing would name what is before it in every checkpoint.
+    this.#cutLog.stamp(this.#options.clock.read(), this.#recorder.lastSeq)
+    return { lastSeq: this.#recorder.lastSeq }
+  }
+
+  /** Until everything is recorded. @returns the bytes sent @throws what the NBD client throws, or why it was stopped */
+  async #copy({ exportSocketPath, disks }: Ask<'join'>, { signal, readsInFlight, admit }: Pick<SyncOptions, 'signal' | 'readsInFlight' | 'admit'>): Promise<number> {
     const totalBytes = disks.reduce((sum, disk) => sum + disk.totalBytes, 0)
     let doneBytes = 0
     let sentBytes = 0
-    // A copy in the middle of a stream is one batch: no checkpoint stands in it.
-    this.#consistentFromSeq = Infinity
-    const admit = this.#admission(rateBytesPerSec)
-    this.#recorder.mark(RecordKind.syncBegin, 0, { kind, reason, before: nameBefore })
     for (const disk of disks) {
       await using client = await NbdClient.connect({ path: exportSocketPath }, {
         exportName: disk.exportName,
         metaContexts: ['base:allocation', ...(disk.bitmapContext === undefined ? [] : [disk.bitmapContext])],
-        signal: abort.signal,
+        signal,
       })
       const before = doneBytes
       let copiedBytes = 0
       await new SyncRun({
-        disk, client, sink: this.#recorder, guard: this.#guard, slabs: this.#largeSlabs, admit, readsInFlight: READS_IN_FLIGHT, hashes: this.#hashes, signal: abort.signal,
+        disk, client, sink: this.#recorder, guard: this.#guard, slabs: this.#largeSlabs, admit, readsInFlight, hashes: this.#hashes, signal,
         onProgress: (bytes, scannedToBytes, sent) => {
           copiedBytes += bytes
           sentBytes += sent
@@ -247,14 +300,18 @@ export class CaptureSession implements AsyncDisposable {
       }).run()
       doneBytes = before + disk.totalBytes
     }
-    abort.signal.throwIfAborted()
-    this.#recorder.mark(RecordKind.syncEnd, 0, kind === 'delta' ? { kind, sentBytes } : { kind })
-    this.#recorder.endDirect()
-    this.#recorder.flush()
-    this.#comeInStep()
+    return sentBytes
+  }
+
+  /** Whatever sync runs is over. */
+  #newSync(why: string): AbortController {
+    this.#stopSync(why)
+    return (this.#sync = new AbortController())
+  }
+
+  #endSync(): void {
     this.#sync = undefined
     this.#link.restHashes()
-    return { lastSeq: this.#recorder.lastSeq }
   }
 
   async inStep(): Answer<'inStep'> {
@@ -522,7 +579,7 @@ export class CaptureSession implements AsyncDisposable {
   }
 
   #entries(): DiskEntry[] {
-    return this.#disks.map(({ disk, key, sizeBytes }) => ({ disk, key, sizeBytes }))
+    return this.#disks.map(({ disk, key, sizeBytes, joining }) => ({ disk, key, sizeBytes, ...(joining === undefined ? {} : { joining }) }))
   }
 
   /** Returns the disks that are larger now. */
@@ -541,10 +598,10 @@ export class CaptureSession implements AsyncDisposable {
     this.#wake()
   }
 
-  /** Lets a sync read on only while memory has room, and not faster than the limit (0: none). */
-  #admission(rateBytesPerSec: number): (lengthBytes: number, signal: AbortSignal) => Promise<void> {
+  /** Lets a sync read on only while memory has room, whatever else it is told to wait for is not so, and not faster than the limit (0: none). */
+  #admission(rateBytesPerSec: number, mayGoOn = (): boolean => true): SyncOptions['admit'] {
     let nextMs = performance.now()
-    const room = (): boolean => !this.#queue.spilling && this.#queue.heldBytes + this.#recorder.unsealedBytes < this.#options.budgetBytes * SYNC_SHARE
+    const room = (): boolean => mayGoOn() && !this.#queue.spilling && this.#queue.heldBytes + this.#recorder.unsealedBytes < this.#options.budgetBytes * SYNC_SHARE
     return async (lengthBytes, signal) => {
       if (!room()) await this.#until(() => room() || signal.aborted)
       if (rateBytesPerSec > 0) {

@@ -2,6 +2,7 @@ import type { Socket } from 'node:net'
 import { errorMessage } from '../../core/errors/index.ts'
 import * as nbd from '../../core/nbd/index.ts'
 import { RecordKind, SECTOR_BYTES } from '../../core/record/index.ts'
+import type { DiskEntry } from '../../core/record/index.ts'
 import type { SlabPool } from '../buffer/index.ts'
 import type { AckMeter } from './ack-meter.ts'
 import { isLargeWrite } from './recorder.ts'
@@ -13,7 +14,7 @@ const REPLIES_PER_BUFFER = 512
 const DIRECT_READ_BYTES = 16 * 1024
 
 /** A disk as capture sees it. `capturedBytes` grows with writes and zeroes (what QEMU counts as written), never with discards. `lastAtMs`: when it did last, monotonic. */
-export type CapturedDisk = { disk: number; key: string; sizeBytes: number; capturedBytes: number; lastAtMs: number }
+export type CapturedDisk = DiskEntry & { capturedBytes: number; lastAtMs: number }
 
 /** What a connection needs of the capture target around it. */
 export type ConnectionHost = {

@@ -31,6 +31,9 @@ export type CaptureWorkerData = {
   slowAck: { p99Ms: number; maxMs: number }
 }
 
+/** What is to be copied, through which read export of QEMU's; a limit of 0: none. */
+export type CopyAsk = { exportSocketPath: string; disks: (SyncDisk & { exportName: string; totalBytes: number })[]; rateBytesPerSec: number }
+
 export type CaptureRequests = {
   /** Connects to the agent as a new attach; everything captured from here on gets its place after `durableSeq`. */
   open: { ask: { reason: string; epoch: Omit<EpochMark, 'disks'>; /** Disks that have grown, by key. */ sizes?: Record<string, number> }; answer: Welcome & { /** Less is durable there than it had acknowledged to this worker. */ agentLostData: boolean } }
@@ -42,7 +45,16 @@ export type CaptureRequests = {
    */
   rejoin: { ask: { epoch: Omit<EpochMark, 'disks'>; sizes: Record<string, number> }; answer: { rejoined: boolean } }
   /** Copies disks; resolves when the sync's end is recorded. */
-  sync: { ask: { kind: SyncKind; reason: string; before?: string; exportSocketPath: string; disks: (SyncDisk & { exportName: string; totalBytes: number })[]; rateBytesPerSec: number }; answer: { lastSeq: number } }
+  sync: { ask: { kind: SyncKind; reason: string; before?: string } & CopyAsk; answer: { lastSeq: number } }
+  /**
+   * Copies disks that are joining, beside checkpoints of the others; resolves when everything is recorded. A sync that begins, and whatever ends capture, ends it.
+   * @throws CdpError CONFLICT unless the others are in step
+   */
+  join: { ask: CopyAsk; answer: { lastSeq: number } }
+  /** Ends such a copy, if one runs, with that reason. */
+  endJoin: { ask: { why: string }; answer: object }
+  /** The copy of these disks, by number, is durable: from here on they belong to checkpoints. @throws CdpError ABORTED if capture was let go since the copy began */
+  joined: { ask: { disks: number[] }; answer: { lastSeq: number } }
   /** Nothing has to be copied: what the agent holds durably is what the disks held when this attach began. */
   inStep: { ask: object; answer: { lastSeq: number } }
   /**

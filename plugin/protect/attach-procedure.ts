@@ -113,16 +113,19 @@ const unknownFrom = (memory: VmMemory | undefined, disks: readonly QemuDisk[]): 
   }))
 }
 
-/** Attaches the mirror jobs. The handshake comes first: a target that accepts and says nothing would freeze the VM. */
-export const attachJobs = async (context: AttachContext, disks: readonly QemuDisk[]): Promise<AttachedJobs> => {
+/**
+ * Attaches the mirror jobs. The handshake comes first: a target that accepts and says nothing would freeze the VM.
+ * @param whole the disks of which the recovery site holds something, or that come with this attach's sync: what is said of bitmaps is about these
+ */
+export const attachJobs = async (context: AttachContext, disks: readonly QemuDisk[], whole = disks): Promise<AttachedJobs> => {
   const { vm, targetPath } = context
   await Promise.all(disks.map(({ key }) => checkHandshake({ path: targetPath }, key, HANDSHAKE_DEADLINE_MS)))
   const memory = await context.memory.read(vm.instance)
   if (memory === undefined) await context.memory.write(vm.instance, 'attaching')
-  const wholeFrom = unknownFrom(memory, disks)
+  const wholeFrom = unknownFrom(memory, whole)
   return withQmp(vm.qmpPath, { deadlineMs: QMP_DEADLINE_MS }, async (qmp) => {
     const recording = await recordingKeys(qmp, disks)
-    const bitmapsWereThere = disks.every(({ key }) => wholeFrom.get(key) === 0 || recording.has(key))
+    const bitmapsWereThere = whole.every(({ key }) => wholeFrom.get(key) === 0 || recording.has(key))
     // The attach makes new bitmaps where some are gone (a disk move takes them away): what is remembered of the old ones must not be believed of those.
     if (memory !== undefined && !bitmapsWereThere) await context.memory.write(vm.instance, 'attaching')
     await attachCapture(qmp, disks, { nbdSocketPath: targetPath, exportNameOf: (key) => key, keepBitmapsOnFailure: memory !== undefined })
@@ -145,21 +148,15 @@ export const whySyncAtStart = async (
 
 /** Brings the agent in step: opens QEMU's read-only export, copies, closes it again. Resolves with the sequence of the sync's end. */
 export const runSync = async (context: AttachContext, disks: readonly QemuDisk[], entries: readonly DiskEntry[], plan: SyncPlan, rateBytesPerSec: number): Promise<number> => {
-  const { vm, worker, readSocketPath, existingServerPath } = context
-  const qmpOptions = { deadlineMs: QMP_DEADLINE_MS }
-  const exports = await withQmp(vm.qmpPath, qmpOptions, async (qmp) => {
-    if (plan.fromBitmaps) await rotateBitmaps(qmp, disks)
-    return openReadExport(qmp, disks, { socketPath: readSocketPath, ...(existingServerPath === undefined ? {} : { existingServerPath }), ...(plan.fromBitmaps ? { bitmap: 'rotated' } : {}) })
-  })
-  try {
-    const { lastSeq } = await worker.ask('sync', {
+  return withReadExport(context, disks, { rotated: plan.fromBitmaps }, async (exports) => {
+    const { lastSeq } = await context.worker.ask('sync', {
       kind: plan.kind,
       reason: plan.why,
       ...(plan.before === undefined ? {} : { before: plan.before }),
       exportSocketPath: exports[0].socketPath,
       rateBytesPerSec,
       disks: exports.map(({ key, exportName, sizeBytes, bitmapContext, dirtyBytes }) => {
-        const { disk } = entries.find((entry) => entry.key === key) ?? { disk: -1 }
+        const disk = numberOf(entries, key)
         const wholeFromBytes = plan.wholeFrom?.get(key)
         return {
           disk, exportName, sizeBytes, fromBytes: wholeFromBytes ?? plan.fromBytes(disk), wholeAbove: plan.wholeAbove || wholeFromBytes !== undefined, byHash: plan.byHash,
@@ -169,6 +166,32 @@ export const runSync = async (context: AttachContext, disks: readonly QemuDisk[]
       }),
     })
     return lastSeq
+  })
+}
+
+/** Copies disks that are joining, whole: by hash where the agent can, since it may hold most of them. Resolves with the sequence of the copy's end. */
+export const copyJoining = (context: AttachContext, joining: readonly QemuDisk[], entries: readonly DiskEntry[], { byHash, rateBytesPerSec }: { byHash: boolean; rateBytesPerSec: number }): Promise<number> =>
+  withReadExport(context, joining, { rotated: false }, async (exports) => {
+    const { lastSeq } = await context.worker.ask('join', {
+      exportSocketPath: exports[0].socketPath,
+      rateBytesPerSec,
+      disks: exports.map(({ key, exportName, sizeBytes }) => ({ disk: numberOf(entries, key), exportName, sizeBytes, fromBytes: 0, wholeAbove: true, byHash, totalBytes: sizeBytes })),
+    })
+    return lastSeq
+  })
+
+const numberOf = (entries: readonly DiskEntry[], key: string): number => entries.find((entry) => entry.key === key)?.disk ?? -1
+
+/** `rotated`: with the bitmaps that recorded until now; they stand still. The export is closed again whatever happens. */
+const withReadExport = async <T>(context: AttachContext, disks: readonly QemuDisk[], { rotated }: { rotated: boolean }, work: (exports: Awaited<ReturnType<typeof openReadExport>>) => Promise<T>): Promise<T> => {
+  const { vm, readSocketPath, existingServerPath } = context
+  const qmpOptions = { deadlineMs: QMP_DEADLINE_MS }
+  const exports = await withQmp(vm.qmpPath, qmpOptions, async (qmp) => {
+    if (rotated) await rotateBitmaps(qmp, disks)
+    return openReadExport(qmp, disks, { socketPath: readSocketPath, ...(existingServerPath === undefined ? {} : { existingServerPath }), ...(rotated ? { bitmap: 'rotated' } : {}) })
+  })
+  try {
+    return await work(exports)
   } finally {
     await withQmp(vm.qmpPath, qmpOptions, (qmp) => closeReadExport(qmp, { socketPath: readSocketPath })).catch((error: unknown) => {
       context.log.warn('the read export of a VM could not be closed; it is taken away with the next attach', { vmId: vm.vmId, error })

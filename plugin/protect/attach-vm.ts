@@ -18,8 +18,13 @@ import type { WorkerKeeper } from './worker-keeper.ts'
 
 const MAX_TAG_CHARACTERS = 200
 
-/** What an attach was made of, and whether its agent compares by hash. */
-export type Attached = { context: AttachContext; disks: readonly QemuDisk[]; entries: readonly DiskEntry[]; hashes: boolean }
+/**
+ * What an attach was made of, and whether its agent compares by hash. `disks`: those that come in step with it, and belong to checkpoints; `joining`: those
+ * that are captured, and copied for the first time beside them. `entries` are those of both.
+ */
+export type Attached = { context: AttachContext; disks: readonly QemuDisk[]; joining: readonly QemuDisk[]; entries: readonly DiskEntry[]; hashes: boolean }
+
+export const entriesInStep = ({ disks, entries }: Pick<Attached, 'disks' | 'entries'>): DiskEntry[] => entries.filter(({ key }) => disks.some((disk) => disk.key === key))
 
 export type AttachParts = {
   vm: RunningVm
@@ -58,23 +63,24 @@ export type MetAndAttached = {
  */
 export const meetAndAttach = async (parts: AttachParts): Promise<MetAndAttached | undefined> => {
   const { vm, vmId, why, superseded, settings, workers, stops, memory: memoryFile } = parts
-  const [{ disks, carried }, config] = await Promise.all([meetVm(vm, parts.readSocketPath), readVmConfig(settings.paths, vmId)])
+  const [{ disks: found, carried }, config] = await Promise.all([meetVm(vm, parts.readSocketPath), readVmConfig(settings.paths, vmId)])
   stops.wentOn()
-  await takeOver(vm, disks, carried, memoryFile)
-  const found = entriesOf(disks)
-  requireDisks(vmId, found)
-  const worker = await workers.workerFor(found)
+  await takeOver(vm, found, carried, memoryFile)
+  const named = entriesOf(found)
+  requireDisks(vmId, named)
+  const worker = await workers.workerFor(named)
   if (superseded()) return undefined
   const epoch = { reason: why, ...(config === undefined ? {} : { config }) }
-  const sizes = sizesOf(found)
-  const rejoined = parts.sameStream && (await worker.ask('rejoin', { epoch, sizes })).rejoined
+  const sizes = sizesOf(named)
+  const rejoined = parts.sameStream && parts.before?.joining.length === 0 && (await worker.ask('rejoin', { epoch, sizes })).rejoined
   const welcome: Welcome & { agentLostData?: boolean } = rejoined
     ? { epoch: 0, generation: parts.generation, durableSeq: 0, baseComplete: true, syncProgress: {}, disks: [...(parts.before?.entries ?? [])], hashes: parts.before?.hashes === true }
     : await worker.ask('open', { reason: why, epoch, sizes })
   // Kept at once: whatever becomes of this attach, the next one must not take the bitmaps for all that is missing.
   if (!rejoined && (await hasLost(welcome, vm, memoryFile))) welcome.agentLostData = true
   if (superseded()) return undefined
-  const entries = numberedAs(found, welcome.disks)
+  const entries = numberedAs(named, welcome.disks)
+  const [joining, disks] = partition(found, ({ key }) => welcome.baseComplete && welcome.disks.some((one) => one.key === key && one.joining === true))
   // Figures from before speak of another stream.
   if (!rejoined) workers.forgetStats()
   const existingServerPath = settings.existingNbdServers[String(vmId)]
@@ -84,14 +90,14 @@ export const meetAndAttach = async (parts: AttachParts): Promise<MetAndAttached 
   // Before the attach: what was written until then is told by QEMU's counters.
   const start = rejoined ? undefined : await stops.lookBefore(vm, disks, await memoryFile.read(vm.instance))
   const { bytes: capturedBefore } = await worker.ask('captured', {})
-  const { memory, bitmapsWereThere, wholeFrom } = await attachJobs(context, disks)
-  const lost = disks.find(({ key }) => !workers.isOpen(key))
+  const { memory, bitmapsWereThere, wholeFrom } = await attachJobs(context, found, disks)
+  const lost = found.find(({ key }) => !workers.isOpen(key))
   if (lost !== undefined) throw new CdpError('CAPTURE_ATTACH', `QEMU let go of ${lost.key} at once`)
   if (superseded()) throw new CdpError('ABORTED', 'the VM changed while capture was attached')
   workers.watchesTargets = true
   const prover = new CaptureProver({ worker, disks: entries, nowUnixMs: parts.nowUnixMs })
-  const attached = { context, disks, entries, hashes: welcome.hashes === true }
-  const whyNotAtOnce = start === undefined ? undefined : await whySyncAtStart(context, start, prover, { capturedBefore, disks: entries, welcome })
+  const attached: Attached = { context, disks, joining, entries, hashes: welcome.hashes === true }
+  const whyNotAtOnce = start === undefined ? undefined : await whySyncAtStart(context, start, prover, { capturedBefore, disks: entriesInStep(attached), welcome })
   if (superseded()) return undefined
   if (start !== undefined && whyNotAtOnce === undefined) return { attached, prover, plan: undefined, durableSeq: welcome.durableSeq }
   const plan = planSync(welcome, memory, bitmapsWereThere, whyNotAtOnce === undefined ? why : `${why}; ${whyNotAtOnce}`)
@@ -102,6 +108,8 @@ export const meetAndAttach = async (parts: AttachParts): Promise<MetAndAttached 
   }
   return { attached, prover, plan: plan.kind === 'bitmap' ? { ...plan, wholeFrom } : keepingWhatWas(plan, vmId, whyNotAtOnce), durableSeq: welcome.durableSeq }
 }
+
+const partition = <T>(items: readonly T[], isFirst: (item: T) => boolean): [T[], T[]] => [items.filter(isFirst), items.filter((item) => !isFirst(item))]
 
 /** Less is durable at the recovery site than it had acknowledged, ever. */
 const hasLost = async (welcome: Welcome & { agentLostData?: boolean }, vm: RunningVm, memory: VmMemoryFile): Promise<boolean> => {

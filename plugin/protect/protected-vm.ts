@@ -3,15 +3,16 @@ import { CdpError, errorMessage } from '../../core/errors/index.ts'
 import type { Logger } from '../../core/log/index.ts'
 import type { DiskEntry } from '../../core/record/index.ts'
 import type { CaptureEvent, CaptureStats, CaptureWorker } from '../capture/index.ts'
-import type { VmLook } from '../qemu/index.ts'
+import type { QemuDisk, VmLook } from '../qemu/index.ts'
 import { RateCell } from '../replicate/index.ts'
 import { coverFromHere, dropStill, lookAt, planForced, requireTakeable, retireBitmaps, rotateAndLook, runSync, takeAway } from './attach-procedure.ts'
 import type { SyncPlan } from './attach-procedure.ts'
-import { meetAndAttach, openStream } from './attach-vm.ts'
+import { entriesInStep, meetAndAttach, openStream } from './attach-vm.ts'
 import type { Attached } from './attach-vm.ts'
 import { BackupRounds, roundableDisks } from './backup-rounds.ts'
 import { BitmapRotation, totalOf } from './bitmap-rotation.ts'
 import type { CaptureProver, Finding } from './capture-prover.ts'
+import { DiskJoin } from './disk-join.ts'
 import { handOver } from './hand-over.ts'
 import { MigrationWatch } from './migration-watch.ts'
 import { OnlineVerify } from './online-verify.ts'
@@ -27,7 +28,7 @@ import { describeRanges, verifyVm } from './verify-procedure.ts'
 import type { VerifyReport } from './verify-procedure.ts'
 import { agentIdOf, VmMemoryFile } from './vm-memory.ts'
 import { next } from './vm-state.ts'
-import type { VmEffect, VmEvent, VmState } from './vm-state.ts'
+import type { Joining, VmEffect, VmEvent, VmState } from './vm-state.ts'
 import { WorkLine } from './work-line.ts'
 import { WorkerKeeper } from './worker-keeper.ts'
 
@@ -68,6 +69,7 @@ export class ProtectedVm implements AsyncDisposable {
   /** Why everything is to be compared as soon as the VM is in step. */
   #owedSync: string | undefined
   readonly #verify: OnlineVerify
+  #join: DiskJoin | undefined
   #prover: CaptureProver | undefined
   #rotation: BitmapRotation | undefined
   #proofBusy = false
@@ -152,6 +154,11 @@ export class ProtectedVm implements AsyncDisposable {
     return this.#state.is === 'streaming' ? this.#workers.worker : undefined
   }
 
+  /** Disks that are no part of a checkpoint yet. */
+  get joining(): Joining | undefined {
+    return this.#state.is === 'streaming' ? this.#state.joining : undefined
+  }
+
   /** How far the verify has come that runs now. */
   get verifying(): { comparedBytes: number; totalBytes: number } | undefined {
     const { comparedBytes } = this.#verify
@@ -174,6 +181,8 @@ export class ProtectedVm implements AsyncDisposable {
   async verify(): Promise<VerifyReport> {
     const { context, disks, entries } = this.#mustCompare()
     const { rateBytesPerSec } = this.#options.settings.verify
+    const { joining } = this
+    if (joining !== undefined) throw new CdpError('CONFLICT', `${joining.keys.join(', ')} of VM ${this.vmId} is being copied for the first time`, { retry: true, hint: 'Verify when it belongs to checkpoints; see "pvecdp status".' })
     const report = await this.#verify.run((options) => this.#line.runLong(() => verifyVm(context, disks, entries, { rateBytesPerSec, ...options })))
     const where = describeRanges(report.differences, entries)
     this.#options.onVerified?.(this.vmId, report, where)
@@ -240,6 +249,7 @@ export class ProtectedVm implements AsyncDisposable {
     this.#leaveStep()
     this.#attachNumber++
     this.#verify.end('protection ends')
+    this.#endJoin('protection ends')
     // In step: the worker takes what QEMU still sends, and lets no marker in behind it.
     await this.#workers.letGo('protection ends', this.#state.is === 'streaming')
     await this.#line.idle()
@@ -287,6 +297,7 @@ export class ProtectedVm implements AsyncDisposable {
       }
       case 'compareAll': {
         this.#verify.end('a sync begins')
+        this.#endJoin('a sync begins')
         const attachNumber = this.#attachNumber
         this.#enqueue(() => this.#compareAll(attachNumber, effect.why))
         return
@@ -324,6 +335,7 @@ export class ProtectedVm implements AsyncDisposable {
     this.#leaveStep()
     this.#attachNumber++
     this.#verify.end(why)
+    this.#endJoin(why)
     void this.#workers.letGo(why, inPeace)
   }
 
@@ -345,6 +357,7 @@ export class ProtectedVm implements AsyncDisposable {
     if (durable !== undefined && this.#running !== undefined) {
       this.#memory.noteProgress(this.#running.instance, durable, durableSeq).catch((error: unknown) => this.#log.warn('the progress of a sync could not be kept', { error: errorMessage(error) }))
     }
+    if (this.#state.is === 'streaming') this.#join?.advanced(doneBytes, totalBytes)
     this.#dispatch({ on: 'syncAdvanced', doneBytes, totalBytes, sentBytes })
   }
 
@@ -352,7 +365,7 @@ export class ProtectedVm implements AsyncDisposable {
   #onGoodbye(atUnixMs: number): void {
     if (this.#state.is === 'streaming' && this.#attached !== undefined) {
       const doubt = this.#prover === undefined ? 'nothing was compared' : this.#prover.doubt(3 * this.#options.settings.proofEveryMs + 5_000)
-      this.#stops.goodbye(atUnixMs, this.#owedSync ?? doubt, this.#attached.disks, this.#attached.entries)
+      this.#stops.goodbye(atUnixMs, this.#owedSync ?? doubt, this.#attached.disks, entriesInStep(this.#attached))
     }
     this.#watch.hurry(ENDING_MS)
     this.#dispatch({ on: 'captureLost', why: 'QEMU ended capture' })
@@ -523,7 +536,27 @@ export class ProtectedVm implements AsyncDisposable {
 
   #arrive(event: VmEvent): void {
     this.#dispatch(event)
-    if (this.#owedSync !== undefined) this.#owe(this.#owedSync)
+    if (this.#owedSync !== undefined) return this.#owe(this.#owedSync)
+    if (this.#attached !== undefined && this.#attached.joining.length > 0) this.#beginJoin(this.#attached)
+  }
+
+  /** In step but for disks that came: those follow. */
+  #beginJoin(attached: Attached): void {
+    const join = new DiskJoin({
+      attached, rateBytesPerSec: this.#options.settings.syncRateBytesPerSec, line: this.#line,
+      onJoining: (joining) => this.#dispatch({ on: 'joining', joining }),
+      onJoined: (whole) => {
+        this.#attached = whole
+        this.#options.onJoined?.(this.vmId, attached.joining.map(({ key }) => key))
+      },
+    })
+    this.#join = join
+    void join.run()
+  }
+
+  #endJoin(why: string): void {
+    this.#join?.end(why)
+    this.#join = undefined
   }
 
   /** Drained, and before anything is copied: it bounds what was written and not captured, and what it takes for that the copy has to bring. */
@@ -563,16 +596,19 @@ export class ProtectedVm implements AsyncDisposable {
     }
   }
 
-  async #rotationFor(attachNumber: number, { context: { vm, worker }, disks }: Attached, prover: CaptureProver): Promise<BitmapRotation> {
+  async #rotationFor(attachNumber: number, attached: Attached, prover: CaptureProver): Promise<BitmapRotation> {
+    const { vm, worker } = attached.context
     const { bytes } = await worker.ask('captured', {})
+    // Those of a disk that joins go on recording until it is covered.
+    const disks = (): readonly QemuDisk[] => (this.#attached?.context === attached.context ? this.#attached : attached).disks
     return new BitmapRotation({
       worker, log: this.#log,
       exclusively: (work) => this.#line.runBeside(async () => (attachNumber === this.#attachNumber && this.#state.is === 'streaming' ? work() : undefined)),
-      rotate: () => rotateAndLook(vm, disks),
+      rotate: () => rotateAndLook(vm, disks()),
       check: (look) => this.#check(prover, look),
       retire: async (seq) => {
         await this.#memory.noteDurable(vm.instance, seq)
-        await dropStill(vm, disks)
+        await dropStill(vm, disks())
       },
       durable: async (seq) => void (await worker.ask('durable', { seq })),
     }, totalOf(bytes))

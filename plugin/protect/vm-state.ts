@@ -8,13 +8,16 @@ export type VmState =
   | { is: 'detached'; why: string; because?: string; sinceUnixMs: number }
   | { is: 'attaching'; why: string; sinceUnixMs: number }
   | { is: 'syncing'; kind: SyncKind; why: string; doneBytes: number; totalBytes: number; /** Of what was compared or copied. */ sentBytes?: number; sinceUnixMs: number }
-  | { is: 'streaming'; why: string; sinceUnixMs: number }
+  | { is: 'streaming'; why: string; joining?: Joining; sinceUnixMs: number }
   /** Bitmap only: QEMU remembers what is written, nothing is captured. `rounds`: but for incremental rounds, under a backup. */
   | { is: 'tracking'; why: string; because?: string; rounds?: { count: number; lastUnixMs?: number }; sinceUnixMs: number }
   /** Somebody wants capture out of QEMU for a while; `inStep`: it was streaming, so that the same stream can go on. */
   | { is: 'suspended'; why: string; because: string; inStep: boolean; sinceUnixMs: number }
   /** The recovery site has taken the group over: nothing of ours stays in QEMU, and nothing is attached any more. */
   | { is: 'fenced'; why: string; sinceUnixMs: number }
+
+/** Disks that are copied for the first time while checkpoints of the others are cut. `failed`: why the last try did not come to its end. */
+export type Joining = { keys: readonly string[]; doneBytes: number; totalBytes: number; failed?: string }
 
 export type VmEvent =
   /** `why`: what is known of it beyond that it runs; `held`: capture is held suspended, and why. */
@@ -36,6 +39,8 @@ export type VmEvent =
   | { on: 'syncForced'; why: string }
   | { on: 'syncFailed'; why: string }
   | { on: 'inStep'; why: string }
+  /** A first copy beside checkpoints has come so far; absent: none runs any more. */
+  | { on: 'joining'; joining: Joining | undefined }
   /** Attached, and the agent has all that was written before: no sync is needed. */
   | { on: 'nothingMissed'; why: string }
   /** QEMU's connection is gone, the worker let go or ended. */
@@ -114,6 +119,11 @@ export const next = (state: VmState, event: VmEvent, nowUnixMs: number): Transit
       return state.is !== 'streaming' ? stay : to({ is: 'syncing', kind: 'delta', why: event.why, doneBytes: 0, totalBytes: 0, sinceUnixMs: nowUnixMs }, { do: 'compareAll', why: event.why })
     case 'inStep':
       return state.is !== 'syncing' ? stay : to({ is: 'streaming', why: event.why, sinceUnixMs: nowUnixMs })
+    case 'joining': {
+      if (state.is !== 'streaming') return stay
+      const { is, why, sinceUnixMs } = state
+      return to({ is, why, ...(event.joining === undefined ? {} : { joining: event.joining }), sinceUnixMs })
+    }
     case 'nothingMissed':
       return state.is !== 'attaching' ? stay : to({ is: 'streaming', why: event.why, sinceUnixMs: nowUnixMs })
     case 'syncFailed':

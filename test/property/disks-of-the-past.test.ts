@@ -1,3 +1,4 @@
+import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterAll, expect, test } from '@jest/globals'
 import { PointDesk } from '../../agent/api/index.ts'
@@ -12,6 +13,7 @@ import { EventLog } from '../../core/api/index.ts'
 import { silentLogger } from '../../core/log/index.ts'
 import { NbdClient } from '../../core/nbd/index.ts'
 import { RecordKind } from '../../core/record/index.ts'
+import type { DiskEntry } from '../../core/record/index.ts'
 
 // Disks come, go, grow and shrink: a checkpoint shows those of its time, with their sizes of then.
 
@@ -101,4 +103,56 @@ test('a checkpoint shows the disks of its time', async () => {
   await site.store.beginEpoch([{ disk: 0, key: 'scsi0', sizeBytes: 8 * MiB }])
   expect(site.store.disksAt(1)).toEqual(site.store.disksAt(grownSeq))
   await expectAll(site, ['grown', 'other', 'shrunk'])
+}, 60_000)
+
+test('a disk that joins is in checkpoints from its record on, also of a store that was opened again, and of one whose vm.json could not be written', async () => {
+  await using directory = await memoryDirectory()
+  let seq = 1
+  const put = async ({ store }: Site, ...records: RecordSpec[]): Promise<void> => {
+    store.accept(buildFrame({ firstSeq: seq + 1, epoch: store.epoch, records }))
+    seq += records.length
+    await store.flush()
+  }
+  const cut = (id: string): RecordSpec => ({ kind: RecordKind.checkpoint, offsetBytes: seq, json: { id, vpg: VPG, vms: ['101'], atUnixMs: seq, kind: 'automatic' } })
+  const scsi0 = { disk: 0, key: 'scsi0', sizeBytes: 8 * MiB }
+  const scsi1 = { disk: 1, key: 'scsi1', sizeBytes: 4 * MiB }
+  const write = (disk: number, fill: number): RecordSpec => ({ kind: RecordKind.write, disk, fill, offsetBytes: 0 })
+  const without = ['scsi0 8 1 0']
+  const whole = ['scsi0 8 2 0', 'scsi1 4 3 0']
+  {
+    await using site = await open(directory.path)
+    const { store } = site
+    await store.beginEpoch([scsi0], { joins: true })
+    store.accept(syncEndFrame(1))
+    await store.flush()
+    await store.beginEpoch([scsi0, scsi1], { joins: true })
+    expect(store.disks).toEqual([scsi0, { ...scsi1, joining: true }])
+    await put(site, write(0, 1), write(1, 3))
+    await put(site, cut('without'))
+    expect(await shown(site, directory.path, 'without')).toEqual(without)
+  }
+  {
+    await using site = await open(directory.path)
+    const { store } = site
+    // Its copy was broken off: it still joins, unless the one that attaches knows nothing of joining.
+    expect((await store.beginEpoch([scsi0, scsi1])).disks).toEqual([scsi0, scsi1])
+    await store.beginEpoch([scsi0], { joins: true })
+    expect((await store.beginEpoch([scsi0, scsi1], { joins: true })).disks).toEqual([scsi0, { disk: 2, key: 'scsi1', sizeBytes: 4 * MiB, joining: true }])
+    expect((await store.beginEpoch([scsi0, scsi1], { joins: true })).disks).toEqual([scsi0, { disk: 2, key: 'scsi1', sizeBytes: 4 * MiB, joining: true }])
+    await put(site, write(0, 2), write(2, 3), { kind: RecordKind.joined, disk: 2 })
+    await put(site, cut('whole'))
+    expect(store.disks).toEqual([scsi0, { ...scsi1, disk: 2 }])
+    expect(await shown(site, directory.path, 'whole')).toEqual(whole)
+    expect(await shown(site, directory.path, 'without')).toEqual(without)
+  }
+  // A crash between the journal and vm.json: the record counts.
+  const statePath = join(directory.path, 'vms', SITE, '101', 'vm.json')
+  const state = JSON.parse(await readFile(statePath, 'utf8')) as { disks: DiskEntry[]; disksBefore?: unknown[] }
+  state.disks = [scsi0, { ...scsi1, disk: 2, joining: true }]
+  state.disksBefore?.pop()
+  await writeFile(statePath, JSON.stringify(state))
+  await using site = await open(directory.path)
+  expect(await shown(site, directory.path, 'whole')).toEqual(whole)
+  expect(await shown(site, directory.path, 'without')).toEqual(without)
+  expect((JSON.parse(await readFile(statePath, 'utf8')) as typeof state).disks).toEqual([scsi0, { ...scsi1, disk: 2 }])
 }, 60_000)

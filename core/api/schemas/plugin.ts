@@ -34,6 +34,8 @@ export const VmStatus = Type.Object({
       last: Type.Optional(Type.Object({ atUnixMs: UnixMs, comparedBytes: Bytes, undecidedBytes: Bytes, differingBytes: Bytes, foundEver: Count })),
     }),
   ),
+  /** Disks that are copied for the first time beside checkpoints, and are in none yet; `failed`: why the last try ended. */
+  joining: Type.Optional(Type.Object({ keys: Type.Array(Type.String()), doneBytes: Count, totalBytes: Count, failed: Type.Optional(Type.String()) })),
   /** Incremental rounds while a backup is in the way of capture: those made since it is, and the instant of the newest. */
   rounds: Type.Optional(Type.Object({ count: Count, lastUnixMs: Type.Optional(UnixMs) })),
   /** Who holds capture suspended; absent if nobody does. */
