@@ -81,7 +81,7 @@ describe('a frame', () => {
     ['stored sizes that differ', (bytes) => bytes.writeUInt32LE(512, 24)],
     ['compressed but not smaller', (bytes) => (bytes[5] = Compression.zstd)],
     ['record kind 0', (bytes) => (bytes[entry] = 0)],
-    ['record kind 13', (bytes) => (bytes[entry] = 13)],
+    ['record kind 14', (bytes) => (bytes[entry] = 14)],
     ['record kind 255', (bytes) => (bytes[entry] = 255)],
     ['record flags', (bytes) => (bytes[entry + 1] = 1)],
     ['range of no length', (bytes) => bytes.writeUInt32LE(0, entry + 4)],

@@ -23,6 +23,8 @@ const restsEqual = async (vm: BareVm, site: ProtectedSite, files: Record<string,
   await vm.qmp((qmp) => qmp.execute('stop'))
   expect(await site.replicaEquals(files)).toEqual(Object.fromEntries(Object.keys(files).map((key) => [key, true])))
 }
+const joiningIn = (site: ProtectedSite): string[] => site.store.disks.filter(({ joining }) => joining).map(({ key }) => key)
+const pause = (): Promise<void> => new Promise((resolve) => setTimeout(resolve, 10))
 const kindsOf = (states: readonly { is: string; kind?: string }[]): (string | undefined)[] => states.filter(({ is }) => is === 'syncing').map(({ kind }) => kind)
 
 describe.each(shapes)('in the shape of %s', (shape) => {
@@ -36,8 +38,15 @@ describe.each(shapes)('in the shape of %s', (shape) => {
     const from = plugin.states.length
     await proxmox.plug(vm, 'scsi1', fresh(vm), 16 * MiB, (path) => writeFile(path, Buffer.alloc(16 * MiB, 7)))
     while (!plugin.states.slice(from).some(({ is, why }) => is === 'syncing' && why.includes('scsi1 added'))) await plugin.next()
+    await plugin.until('streaming')
+    const { durableSeq } = site.store
+    while (site.store.durableSeq < durableSeq + 2) await pause()
     await plugin.kill()
+    expect(joiningIn(site)).toEqual(['scsi1'])
     site.vm.start()
+    await site.until(() => site.state === 'streaming')
+    expect(site.vm.joining?.keys).toEqual(['scsi1'])
+    await site.untilJoined()
     await restsEqual(vm, site, { scsi0: vm.disks[0].path, scsi1: fresh(vm) })
     expect(kindsOf(site.changes)).toEqual(['bitmap'])
   }, 120_000)
@@ -101,6 +110,7 @@ describe.each(shapes)('in the shape of %s', (shape) => {
     expect(site.catalogue.find('site-a', 'shop', 'cut-off')).toBeUndefined()
     await line.mend()
     await site.until(() => plugin.state.is === 'streaming')
+    await site.untilJoined(plugin)
     expect(site.catalogue.find('site-a', 'shop', 'cut-off')?.state).toMatch(/^(valid|proved)$/)
     expect(kindsOf(site.changes.slice(from))).toEqual(['bitmap'])
     await vm.qmp((qmp) => qmp.execute('stop'))

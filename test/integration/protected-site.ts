@@ -6,10 +6,11 @@ import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { fileURLToPath } from 'node:url'
 import { Catalogue } from '../../agent/checkpoint/index.ts'
+import { HashDesk } from '../../agent/hashes/index.ts'
 import { GroupGenerations, Ingest, VmRegistry } from '../../agent/ingest/index.ts'
 import { SegmentSealer } from '../../agent/journal/index.ts'
 import type { VmStore } from '../../agent/journal/index.ts'
-import { PointServer } from '../../agent/recovery/index.ts'
+import { PinRegistry, PointServer } from '../../agent/recovery/index.ts'
 import { listenSecure } from '../../core/link/index.ts'
 import { silentLogger } from '../../core/log/index.ts'
 import { createAuthority, createKeyPair, issueCertificate } from '../../core/pki/index.ts'
@@ -31,7 +32,10 @@ import type { BareVm } from './bare-vm.ts'
 export const VM_ID = 100
 const MiB = 1024 * 1024
 
-export type SiteOptions = Partial<Pick<ProtectSettings, 'syncRateBytesPerSec' | 'proofEveryMs' | 'rotateEveryMs' | 'roundEveryMs' | 'memoryBytesPerVm' | 'existingNbdServers'>>
+export type SiteOptions = Partial<Pick<ProtectSettings, 'syncRateBytesPerSec' | 'proofEveryMs' | 'rotateEveryMs' | 'roundEveryMs' | 'memoryBytesPerVm' | 'existingNbdServers'>> & {
+  /** The recovery site compares by hash. */
+  compares?: true
+}
 
 const identity = async (authority: Authority, usage: 'server' | 'client', commonName: string): Promise<TlsIdentity> => {
   const keyPair = await createKeyPair()
@@ -84,7 +88,7 @@ export class ProtectedSite implements AsyncDisposable {
   }
 
   /** @param generation in which this site has the group */
-  static async start(options: SiteOptions = {}, generation?: number): Promise<ProtectedSite> {
+  static async start({ compares, ...options }: SiteOptions = {}, generation?: number): Promise<ProtectedSite> {
     await using stack = new AsyncDisposableStack()
     const dir = await mkdtemp('/tmp/cdp-')
     stack.defer(() => rm(dir, { recursive: true, force: true }))
@@ -94,7 +98,8 @@ export class ProtectedSite implements AsyncDisposable {
     const sealer = stack.use(new SegmentSealer())
     const catalogue = stack.adopt(new Catalogue(':memory:'), (one) => one[Symbol.dispose]())
     const registry = stack.use(new VmRegistry({ directory: join(dir, 'vms'), catalogue, sealer, log: silentLogger, clock: { nowUnixMs: Date.now }, onValid: () => undefined }))
-    const ingest = stack.adopt(new Ingest({ registry, catalogue, generations: new GroupGenerations(join(dir, 'generations'), Date.now), log: silentLogger }), (one) => one[Symbol.dispose]())
+    const hashes = compares === true ? { hashes: stack.use(new HashDesk({ pins: new PinRegistry() })) } : {}
+    const ingest = stack.adopt(new Ingest({ registry, catalogue, generations: new GroupGenerations(join(dir, 'generations'), Date.now), log: silentLogger, ...hashes }), (one) => one[Symbol.dispose]())
     const listener = stack.use(await listenSecure({ host: '127.0.0.1', port: 0, tls: server, log: silentLogger, onStream: (socket, peer) => ingest.take(socket, peer.siteId), onPair: (socket) => void socket.destroy() }))
     const points = stack.use(await PointServer.listen({ socketPath: join(dir, 'points.sock') }))
     const site = new ProtectedSite(dir, {
@@ -143,6 +148,11 @@ export class ProtectedSite implements AsyncDisposable {
     await this.runs(vm)
     this.vm.start()
     await this.until(() => this.state === 'streaming')
+  }
+
+  /** Resolves when every disk of the VM belongs to checkpoints, as the recovery site has it too. */
+  async untilJoined(vm: ProtectedVm = this.vm): Promise<void> {
+    while (vm.state.is !== 'streaming' || vm.joining !== undefined || this.store.disks.some(({ joining }) => joining)) await new Promise((resolve) => setTimeout(resolve, 10))
   }
 
   /** Resolves when something that the guest wrote was captured. */

@@ -147,13 +147,13 @@ export const unplug = async (vm: BareVm, key: string): Promise<void> => {
   })
 }
 
-/** Hot-plug of a SCSI disk behind the controller that the VM has for that number already. */
-export const plug = async (vm: BareVm, key: string, path: string, sizeBytes: number, fill?: (path: string) => Promise<void>): Promise<void> => {
+/** Hot-plug of a SCSI disk behind the controller that the VM has for that number already. @param drive what QEMU opens; only in the shape of 8.4 something else than the file */
+export const plug = async (vm: BareVm, key: string, path: string, sizeBytes: number, fill?: (path: string) => Promise<void>, drive = path): Promise<void> => {
   await truncated(path, sizeBytes)
   await fill?.(path)
   await vm.qmp(async (qmp) => {
     if (vm.shape === '8.4') {
-      await qmp.execute('human-monitor-command', { 'command-line': `drive_add auto "file=${path},if=none,id=drive-${key},format=raw,cache=none,aio=io_uring,detect-zeroes=on"` })
+      await qmp.execute('human-monitor-command', { 'command-line': `drive_add auto "file=${drive},if=none,id=drive-${key},format=raw,cache=none,aio=io_uring,detect-zeroes=on"` })
     } else {
       await qmp.execute('object-add', { 'qom-type': 'throttle-group', id: `throttle-drive-${key}` })
       await qmp.execute('blockdev-add', {

@@ -88,6 +88,7 @@ describe.each(shapes)('in the shape of %s, suspended', (shape) => {
     // Nobody tells us of a new one.
     await proxmox.plug(vm, 'scsi1', moved(vm, 'fresh'), 16 * MiB)
     await site.until(() => site.changes.some(({ why }) => why.includes('scsi1 added')))
+    await site.untilJoined()
     await isWhole(vm, site, { files: { scsi0: vm.disks[0].path, scsi1: moved(vm, 'fresh') } })
     expect(site.store.disks.map(({ disk, key }) => `${key}=${disk}`)).toEqual(['scsi0=0', 'scsi1=2'])
     expect(kindsSince(site, from)).toEqual(['bitmap', 'bitmap'])
