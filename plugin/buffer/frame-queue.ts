@@ -29,6 +29,7 @@ export class FrameQueue implements SendQueue {
   #cursor = 0
   #heldBytes = 0
   #peakBytes = 0
+  #releasedBytes = 0
   #lastSeq: number
   onPush: () => void = () => undefined
 
@@ -43,6 +44,11 @@ export class FrameQueue implements SendQueue {
 
   get peakBytes(): number {
     return this.#peakBytes
+  }
+
+  /** What was held and is released, in all. */
+  get releasedBytes(): number {
+    return this.#releasedBytes
   }
 
   get length(): number {
@@ -66,7 +72,9 @@ export class FrameQueue implements SendQueue {
   /** Everything up to `durableSeq` is safe at the agent. */
   release(durableSeq: number): void {
     for (let frame = this.#frames[this.#head]; frame !== undefined && frame.lastSeq <= durableSeq; frame = this.#frames[this.#head]) {
-      this.#heldBytes -= heldBytesOf(frame)
+      const bytes = heldBytesOf(frame)
+      this.#heldBytes -= bytes
+      this.#releasedBytes += bytes
       if (frame.slab !== undefined) frame.pool?.give(frame.slab)
       this.#frames[this.#head++] = undefined
     }

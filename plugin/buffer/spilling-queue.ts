@@ -50,6 +50,11 @@ export class SpillingQueue implements SendQueue {
     return this.#head.heldBytes + this.#tail.heldBytes
   }
 
+  /** Of `heldBytes`, what was let go because it is durable at the agent; only grows. */
+  get durableBytes(): number {
+    return this.#head.releasedBytes
+  }
+
   get peakBytes(): number {
     return this.#peakBytes
   }

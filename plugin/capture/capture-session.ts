@@ -8,7 +8,7 @@ import { FIRST_GENERATION, STREAM_PROTOCOL } from '../../core/stream/index.ts'
 import type { Welcome } from '../../core/stream/index.ts'
 import { SlabPool, SpillFile, SpillingQueue } from '../buffer/index.ts'
 import { RateCell, RateLimit, StreamLink } from '../replicate/index.ts'
-import { DurableLag, DurableProgress, RaceGuard, SyncRun, VerifyRound } from '../sync/index.ts'
+import { CopyPace, DurableProgress, RaceGuard, SyncRun, VerifyRound } from '../sync/index.ts'
 import type { SyncOptions } from '../sync/index.ts'
 import { AckMeter } from './ack-meter.ts'
 import { MAX_WRITE_BYTES } from './connection.ts'
@@ -33,8 +33,7 @@ const SPILL_SHARE = 0.5
 const READS_IN_FLIGHT = 8
 /** What a VM needed and does not need any more is given back to the others. */
 const TRIM_EVERY_TICKS = 10
-/** A first copy beside checkpoints waits while what was recorded waits for so long to be durable: the next checkpoint stands behind it. */
-const JOIN_LAG_MS = 1_000
+/** Beside checkpoints: what is read is not held back any more. */
 const JOIN_READS_IN_FLIGHT = 2
 /** A verify is in no hurry. */
 const VERIFY_READS_IN_FLIGHT = 2
@@ -243,12 +242,8 @@ export class CaptureSession implements AsyncDisposable {
     if (!this.#isConsistent()) throw new CdpError('CONFLICT', 'capture is not in step', { retry: true })
     this.#join = this.#newSync('another copy begins')
     const { signal } = this.#join
-    const lag = new DurableLag()
-    const mayGoOn = (): boolean => {
-      const nowMs = performance.now()
-      lag.note(this.#recorder.lastSeq, nowMs)
-      return lag.ms(this.#link.durableSeq, nowMs) < JOIN_LAG_MS
-    }
+    const pace = new CopyPace()
+    const mayGoOn = (): boolean => pace.hasRoom(this.#queue.heldBytes + this.#recorder.unsealedBytes, this.#queue.durableBytes, performance.now())
     await this.#copy(copy, { signal, readsInFlight: JOIN_READS_IN_FLIGHT, admit: this.#admission(copy.rateBytesPerSec, mayGoOn) })
     signal.throwIfAborted()
     this.#recorder.flush()

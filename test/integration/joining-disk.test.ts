@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto'
 import { writeFile } from 'node:fs/promises'
 import { describe, expect, test } from '@jest/globals'
 import { startBareVm } from './bare-vm.ts'
@@ -118,5 +119,26 @@ test('a new disk that cannot be read takes nothing down: the VM stays in step, s
   expect((await cut(site, 'beside a disk that fails')).keys).toEqual(['scsi0'])
   await site.untilJoined()
   expect(site.changes.slice(from).map(({ is }) => is)).toEqual(['attaching', 'syncing', 'streaming'])
+  await restsEqual(vm, site)
+}, 120_000)
+
+test('on a slow line the copy leaves room for checkpoints: a checkpoint waits for a second or two of it, not for all that memory would hold', async () => {
+  await using vm = await startBareVm({ ...busy, shape: '9.x' })
+  await using site = await ProtectedSite.start({ proofEveryMs: 300, memoryBytesPerVm: 128 * MiB })
+  await withOneDisk(vm, site)
+  await proxmox.throttle(vm, 'scsi0', MiB / 2)
+  site.vm.rate.bytesPerSec = 4 * MiB
+  await proxmox.plug(vm, 'scsi1', fresh(vm), 2 * NEW_BYTES, (path) => writeFile(path, randomBytes(2 * NEW_BYTES)))
+  await joins(site)
+  const lagsMs: number[] = []
+  for (let checkpoints = 0; site.vm.joining !== undefined; checkpoints++) {
+    const startMs = performance.now()
+    expect((await cut(site, `c${checkpoints}`)).keys).toContain('scsi0')
+    lagsMs.push(Math.round(performance.now() - startMs))
+  }
+  process.stderr.write(`from cut to valid beside a first copy at 4 MiB/s: ${lagsMs.sort((one, other) => one - other).join(' ')} ms\n`)
+  expect(lagsMs.length).toBeGreaterThan(4)
+  expect(lagsMs.at(-1)).toBeLessThan(6_000)
+  await site.untilJoined()
   await restsEqual(vm, site)
 }, 120_000)
