@@ -36,8 +36,9 @@ export class CdpError extends Error {
 export const errorCode = (error: unknown): string | undefined =>
   typeof error === 'object' && error !== null && 'code' in error && typeof error.code === 'string' ? error.code : undefined
 
-/** A one-line message of whatever was thrown. */
+/** A one-line message of whatever was thrown; of what went wrong first, and then with its end, both. */
 export const errorMessage = (error: unknown): string =>
+  error instanceof SuppressedError ? `${errorMessage(error.suppressed)}; and then: ${errorMessage(error.error)}` :
   typeof error === 'object' && error !== null && 'message' in error && typeof error.message === 'string' ? error.message : String(error)
 
 /** The error itself if it is a CdpError, else a CdpError around it. */

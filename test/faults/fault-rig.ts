@@ -14,8 +14,8 @@ const MiB = 1 << 20
 export const HIT = 101
 const CONTROL = 103
 const LINK_DISK = '/mnt/scsi0'
-/** Above it the oldest history is promoted, at a pace that lasts. */
-const PROMOTING = { journalLimitBytes: 64 * MiB, hardStopBytes: 1024 * MiB, promotionBytesPerSec: MiB }
+/** Above it the oldest history is promoted, at a pace that lasts and is not overtaken by what the cells write, one after the other. */
+export const PROMOTING = { journalLimitBytes: 64 * MiB, hardStopBytes: 1024 * MiB, promotionBytesPerSec: 4 * MiB }
 
 /** Where a guest's journal writer has written since it was booted, one folder on each disk; and where the records go that both guests write in turn. */
 type Life = { number: number }

@@ -4,7 +4,7 @@ import { closeQuiet } from '../e2e/point-images.ts'
 import { VMS, VPG } from '../e2e/two-sites.ts'
 import { tool } from '../lab/index.ts'
 import { until } from '../lab/sites.ts'
-import { HIT, type FaultRig } from './fault-rig.ts'
+import { HIT, PROMOTING, type FaultRig } from './fault-rig.ts'
 import type { Phase } from './matrix.ts'
 
 const MiB = 1 << 20
@@ -71,7 +71,8 @@ const promotion = async (rig: FaultRig): Promise<AsyncDisposable> => {
   await until('history is promoted', 180_000, async () => {
     const now = await retention(rig)
     if (now !== undefined && now.promotion !== null) return true
-    await rig.write(8)
+    const isFilling = now === undefined || now.vms.every(({ journalBytes }) => journalBytes < 2 * PROMOTING.journalLimitBytes)
+    if (isFilling) await rig.write(8)
     return undefined
   }, async () => JSON.stringify(await retention(rig)))
   return once(async () => void (await until('the promotion comes to its end', 180_000, async () => {
