@@ -110,7 +110,7 @@ export class VmStore implements AsyncDisposable {
     const statePath = join(options.directory, 'vm.json')
     const found = await loadVmState(statePath)
     if (found !== undefined && found.vm !== options.vm) throw new CdpError('FORMAT', `the directory belongs to VM ${found.vm}`, { context: { directory: options.directory } })
-    let state = found ?? newVmState(options.vm)
+    const state = found ?? newVmState(options.vm)
     const limits = { segmentBytes: options.limits?.segmentBytes ?? SEGMENT_LIMITS.segmentBytes, segmentRecords: options.limits?.segmentRecords ?? SEGMENT_LIMITS.segmentRecords }
     await using held = new AsyncDisposableStack()
     const { log: journal, diskMarks } = await JournalLog.open({ ...options, limits }, state.baseComplete ? state.baseSeq : state.directSeq)
@@ -122,12 +122,9 @@ export class VmStore implements AsyncDisposable {
       }
       await saveVmState(statePath, state)
     }
-    const replayed = afterMarks(state, diskMarks.filter(({ epoch }) => epoch === state.epoch))
-    // Whoever opens a recovery point reads the file.
-    if (JSON.stringify(replayed) !== JSON.stringify(state)) await saveVmState(statePath, replayed)
-    state = replayed
     held.move()
     const store = new VmStore(options, state, journal, damage)
+    await store.#replay(diskMarks)
     store.#logOpened()
     store.#mirrors.start()
     return store
@@ -418,6 +415,15 @@ export class VmStore implements AsyncDisposable {
       const timer = setTimeout(done, waitMs)
       this.#wake = done
     })
+  }
+
+  /** What the journal says of the disks and vm.json may not: a crash came between the two. */
+  async #replay(diskMarks: readonly DiskMark[]): Promise<void> {
+    const replayed = (state: VmState): VmState => afterMarks(state, diskMarks.filter(({ epoch }) => epoch === state.epoch))
+    if (JSON.stringify(replayed(this.#state)) === JSON.stringify(this.#state)) return
+    this.#file.note(replayed)
+    this.#admission.reset(this.#state, this.durableSeq)
+    await this.#saveNoted().catch((error: unknown) => this.#log.warn('vm.json does not say yet what the journal says of the disks', { vm: this.vm, error: errorMessage(error) }))
   }
 
   /** For whoever reads the file. */

@@ -169,15 +169,21 @@ export const runSync = async (context: AttachContext, disks: readonly QemuDisk[]
   })
 }
 
-/** Copies disks that are joining, whole: by hash where the agent can, since it may hold most of them. Resolves with the sequence of the copy's end. */
-export const copyJoining = (context: AttachContext, joining: readonly QemuDisk[], entries: readonly DiskEntry[], { byHash, rateBytesPerSec }: { byHash: boolean; rateBytesPerSec: number }): Promise<number> =>
-  withReadExport(context, joining, { rotated: false }, async (exports) => {
-    const { lastSeq } = await context.worker.ask('join', {
-      exportSocketPath: exports[0].socketPath,
-      rateBytesPerSec,
-      disks: exports.map(({ key, exportName, sizeBytes }) => ({ disk: numberOf(entries, key), exportName, sizeBytes, fromBytes: 0, wholeAbove: true, byHash, totalBytes: sizeBytes })),
-    })
-    return lastSeq
+export type JoinOptions = { byHash: boolean; rateBytesPerSec: number; signal: AbortSignal }
+
+/** Copies a disk that is joining, whole: by hash where the agent can, since it may hold most of it. Resolves with the sequence of the copy's end. @throws the signal's reason, and what the worker throws */
+export const copyJoining = (context: AttachContext, joining: QemuDisk, entries: readonly DiskEntry[], { byHash, rateBytesPerSec, signal }: JoinOptions): Promise<number> =>
+  withReadExport(context, [joining], { rotated: false }, async ([{ key, socketPath, exportName, sizeBytes }]) => {
+    signal.throwIfAborted()
+    const end = (): void => void context.worker.ask('endJoin', { why: errorMessage(signal.reason) }).catch(() => undefined)
+    signal.addEventListener('abort', end, { once: true })
+    try {
+      const copied = { disk: numberOf(entries, key), exportName, sizeBytes, fromBytes: 0, wholeAbove: true, byHash, totalBytes: sizeBytes }
+      const { lastSeq } = await context.worker.ask('join', { exportSocketPath: socketPath, rateBytesPerSec, disks: [copied] })
+      return lastSeq
+    } finally {
+      signal.removeEventListener('abort', end)
+    }
   })
 
 const numberOf = (entries: readonly DiskEntry[], key: string): number => entries.find((entry) => entry.key === key)?.disk ?? -1

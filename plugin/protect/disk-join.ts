@@ -1,5 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { CdpError, errorMessage } from '../../core/errors/index.ts'
+import type { QemuDisk } from '../qemu/index.ts'
 import { copyJoining, coverFromHere } from './attach-procedure.ts'
 import type { Attached } from './attach-vm.ts'
 import type { Joining } from './vm-state.ts'
@@ -11,51 +12,48 @@ export type DiskJoinOptions = {
   rateBytesPerSec: number
   line: WorkLine
   onJoining: (joining: Joining | undefined) => void
-  /** The disks belong to checkpoints from now on. */
-  onJoined: (attached: Attached) => void
-  retryFirstMs?: number
+  /** That disk belongs to checkpoints from now on. */
+  onJoined: (attached: Attached, key: string) => void
 }
 
 const RETRY_FIRST_MS = 5_000
 const RETRY_MAX_MS = 10 * 60_000
 
 /**
- * The first copy of disks that came, beside checkpoints of the others (docs/decisions/disks-that-change.md). One that fails is tried again for as long as
- * nothing else has to be done to the VM.
+ * The first copy of disks that came, one after the other, beside checkpoints of the others (docs/decisions/disks-that-change.md). What fails is tried again for as
+ * long as nothing else has to be done to the VM.
  */
 export class DiskJoin {
   readonly #options: DiskJoinOptions
   readonly #ending = new AbortController()
-  readonly #keys: string[]
-  #failed: string | undefined
+  #attached: Attached
+  /** By key: why the last try ended. */
+  readonly #failed = new Map<string, string>()
 
   constructor(options: DiskJoinOptions) {
     this.#options = options
-    this.#keys = options.attached.joining.map(({ key }) => key)
+    this.#attached = options.attached
   }
 
-  /** Resolves when they have joined, or it was ended. */
+  /** Resolves when all have joined, or it was ended. */
   async run(): Promise<void> {
-    const { line, attached: { context: { log, vm } }, retryFirstMs = RETRY_FIRST_MS } = this.#options
+    const { line } = this.#options
     const { signal } = this.#ending
-    this.advanced(0, this.#options.attached.joining.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0))
-    for (let pauseMs = retryFirstMs; !signal.aborted; pauseMs = Math.min(RETRY_MAX_MS, pauseMs * 2)) {
-      try {
-        return await line.runLong(() => this.#copy())
-      } catch (error) {
+    for (let pauseMs = RETRY_FIRST_MS; this.#attached.joining.length > 0 && !signal.aborted; pauseMs = Math.min(RETRY_MAX_MS, pauseMs * 2)) {
+      for (const disk of this.#attached.joining) {
+        this.advanced(0, disk.sizeBytes)
+        await line.runLong(() => this.#join(disk)).catch((error: unknown) => this.#noteFailure(disk, error))
         if (signal.aborted) return
-        this.#failed = errorMessage(error)
-        log.warn('the first copy of a disk did not come to its end', { vmId: vm.vmId, disks: this.#keys.join(' '), error: this.#failed, againInMs: pauseMs })
-        this.advanced(0, 0)
-        await sleep(pauseMs, undefined, { signal }).catch(() => undefined)
       }
+      if (this.#attached.joining.length > 0) await sleep(pauseMs, undefined, { signal }).catch(() => undefined)
     }
   }
 
-  /** So much of it is read or known to be equal. */
+  /** So much of the one that is copied now is read or known to be equal. */
   advanced(doneBytes: number, totalBytes: number): void {
     if (this.#ending.signal.aborted) return
-    this.#options.onJoining({ keys: this.#keys, doneBytes, totalBytes, ...(this.#failed === undefined ? {} : { failed: this.#failed }) })
+    const keys = this.#attached.joining.map(({ key }) => key)
+    this.#options.onJoining(keys.length === 0 ? undefined : { keys, doneBytes, totalBytes, ...(this.#failed.size === 0 ? {} : { failed: [...this.#failed.values()].join('; ') }) })
   }
 
   /** Something else goes first. */
@@ -64,22 +62,31 @@ export class DiskJoin {
   }
 
   /** The order of its steps is what a crash between two of them relies on. */
-  async #copy(): Promise<void> {
-    const { attached, rateBytesPerSec, onJoined, onJoining } = this.#options
-    const { context, disks, joining, entries } = attached
+  async #join(disk: QemuDisk): Promise<void> {
+    const { rateBytesPerSec, onJoined } = this.#options
+    const { context, disks, joining, entries, hashes } = this.#attached
     const { signal } = this.#ending
+    const whole: Attached = { ...this.#attached, disks: [...disks, disk], joining: joining.filter(({ key }) => key !== disk.key) }
     signal.throwIfAborted()
-    const end = (): void => void context.worker.ask('endJoin', { why: errorMessage(signal.reason) }).catch(() => undefined)
-    signal.addEventListener('abort', end, { once: true })
-    const lastSeq = await copyJoining(context, joining, entries, { byHash: attached.hashes, rateBytesPerSec }).finally(() => signal.removeEventListener('abort', end))
+    const lastSeq = await copyJoining(context, disk, entries, { byHash: hashes, rateBytesPerSec, signal })
     signal.throwIfAborted()
     await context.worker.ask('durable', { seq: lastSeq })
     signal.throwIfAborted()
-    await coverFromHere(context, [...disks, ...joining], lastSeq)
+    await coverFromHere(context, whole.disks, lastSeq)
     signal.throwIfAborted()
-    await context.worker.ask('joined', { disks: entries.filter(({ key }) => this.#keys.includes(key)).map(({ disk }) => disk) })
+    await context.worker.ask('joined', { disks: entries.filter(({ key }) => key === disk.key).map((entry) => entry.disk) })
     signal.throwIfAborted()
-    onJoined({ ...attached, disks: [...disks, ...joining], joining: [] })
-    onJoining(undefined)
+    this.#attached = whole
+    this.#failed.delete(disk.key)
+    onJoined(whole, disk.key)
+    this.advanced(0, 0)
+  }
+
+  #noteFailure({ key }: QemuDisk, error: unknown): void {
+    if (this.#ending.signal.aborted) return
+    const { log, vm } = this.#attached.context
+    this.#failed.set(key, `${key}: ${errorMessage(error)}`)
+    log.warn('the first copy of a disk did not come to its end', { vmId: vm.vmId, disk: key, error: errorMessage(error) })
+    this.advanced(0, 0)
   }
 }

@@ -51,8 +51,8 @@ export type ProtectedVmOptions = {
   /** The recovery site has forgotten a handover of the group: nothing is sent to it. */
   onAhead?: (disowned: Disowned) => void
   /** An online verify came to its end. */
-  /** Disks that came belong to checkpoints from now on. */
-  onJoined?: (vmId: number, keys: readonly string[]) => void
+  /** A disk that came belongs to checkpoints from now on. */
+  onJoined?: (vmId: number, key: string) => void
   onVerified?: (vmId: number, report: VerifyReport, where: string) => void
   /** Makes the checkpoint of an incremental round, of a group that one VM can cut for alone; without it there are no rounds. */
   roundMark?: () => CheckpointMark

@@ -545,9 +545,9 @@ export class ProtectedVm implements AsyncDisposable {
     const join = new DiskJoin({
       attached, rateBytesPerSec: this.#options.settings.syncRateBytesPerSec, line: this.#line,
       onJoining: (joining) => this.#dispatch({ on: 'joining', joining }),
-      onJoined: (whole) => {
+      onJoined: (whole, key) => {
         this.#attached = whole
-        this.#options.onJoined?.(this.vmId, attached.joining.map(({ key }) => key))
+        this.#options.onJoined?.(this.vmId, key)
       },
     })
     this.#join = join

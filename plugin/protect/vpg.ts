@@ -239,7 +239,7 @@ export class Vpg implements AsyncDisposable {
       onChange: (id, state) => this.#onChange(id, state),
       onNews: (news) => this.#onNews(news),
       onVerified: (id, report, where) => this.#onVerified(id, report, where),
-      onJoined: (id, keys) => this.#onJoined(id, keys),
+      onJoined: (id, key) => this.#onJoined(id, key),
       // The instant of a round is its own: with another VM in the group it would be no cut.
       ...(definition.vmIds.length === 1 ? { roundMark: () => this.#newMark('automatic') } : {}),
       onHoldExpired: (vmId, hold) => this.#onHoldExpired(vmId, hold),
@@ -264,8 +264,8 @@ export class Vpg implements AsyncDisposable {
     })
   }
 
-  #onJoined(vmId: number, keys: readonly string[]): void {
-    this.#options.onEvent({ level: 'info', kind: 'disk-joined', message: `${keys.join(', ')} of VM ${vmId} belongs to checkpoints from now on`, context: { vpg: this.definition.name, vmId } })
+  #onJoined(vmId: number, key: string): void {
+    this.#options.onEvent({ level: 'info', kind: 'disk-joined', message: `${key} of VM ${vmId} belongs to checkpoints from now on`, context: { vpg: this.definition.name, vmId } })
   }
 
   #onVerified(vmId: number, report: VerifyReport, where: string): void {

@@ -106,20 +106,27 @@ test('a comparison of everything goes first, and leaves it to join again; a veri
   await restsEqual(vm, site)
 }, 120_000)
 
-test('a new disk that cannot be read takes nothing down: the VM stays in step, says why, and tries again', async () => {
-  await using vm = await startBareVm({ ...busy, shape: '8.4' })
+test('a new disk that cannot be read takes nothing down: the VM stays in step, another new one joins, it says why, and tries again', async () => {
+  await using vm = await startBareVm({ ...busy, shape: '8.4', diskCount: 3 })
   await using site = await ProtectedSite.start({ proofEveryMs: 300 })
+  await proxmox.unplug(vm, 'scsi2')
   await withOneDisk(vm, site)
   const fails = `${vm.dir}/reads-fail.conf`
   await writeFile(fails, '[inject-error]\nevent = "none"\niotype = "read"\nerrno = "5"\nsector = "20480"\nonce = "on"\n')
-  const from = site.changes.length
+  await site.vm.suspend({ owner: 'qm', reason: 'both at once', forMs: 60_000 })
   await proxmox.plug(vm, 'scsi1', fresh(vm), NEW_BYTES, (path) => writeFile(path, Buffer.alloc(NEW_BYTES, 7)), `blkdebug:${fails}:${fresh(vm)}`)
-  while (site.vm.joining?.failed === undefined) await pause()
-  expect(site.vm.joining.failed).not.toBe('')
-  expect((await cut(site, 'beside a disk that fails')).keys).toEqual(['scsi0'])
+  await proxmox.plug(vm, 'scsi2', `${vm.dir}/other.raw`, NEW_BYTES, (path) => writeFile(path, Buffer.alloc(NEW_BYTES, 8)))
+  const from = site.changes.length
+  await site.vm.resume('qm')
+  await site.next('streaming', from)
+  while (site.vm.joining?.keys.join() !== 'scsi1') await pause()
+  expect(site.vm.joining.failed).toMatch(/^scsi1: ./)
+  expect((await cut(site, 'beside a disk that fails')).keys).toEqual(['scsi0', 'scsi2'])
   await site.untilJoined()
   expect(site.changes.slice(from).map(({ is }) => is)).toEqual(['attaching', 'syncing', 'streaming'])
+  expect((await cut(site, 'whole')).keys).toEqual(['scsi0', 'scsi1', 'scsi2'])
   await restsEqual(vm, site)
+  expect(await site.replicaEquals({ scsi2: `${vm.dir}/other.raw` })).toEqual({ scsi2: true })
 }, 120_000)
 
 test('on a slow line the copy leaves room for checkpoints: a checkpoint waits for a second or two of it, not for all that memory would hold', async () => {
