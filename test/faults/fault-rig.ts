@@ -15,7 +15,7 @@ export const HIT = 101
 const CONTROL = 103
 const LINK_DISK = '/mnt/scsi0'
 /** Above it the oldest history is promoted, at a pace that lasts and is not overtaken by what the cells write, one after the other. */
-export const PROMOTING = { journalLimitBytes: 64 * MiB, hardStopBytes: 1024 * MiB, promotionBytesPerSec: 4 * MiB }
+export const PROMOTING = { journalLimitBytes: 64 * MiB, hardStopBytes: 1024 * MiB, promotionBytesPerSec: 2 * MiB }
 
 /** Where a guest's journal writer has written since it was booted, one folder on each disk; and where the records go that both guests write in turn. */
 type Life = { number: number }
@@ -31,7 +31,7 @@ export class FaultRig implements AsyncDisposable {
   readonly journalDisk: SmallDisk | SlowDisk
   readonly spillDisk: SmallDisk | SlowDisk
   /** A checkpoint whose content is known. */
-  known: { id: string; digests: Record<string, string> } | undefined
+  known: { id: string; atUnixMs: number; digests: Record<string, string> } | undefined
   readonly #lives = new Map<number, Life>()
   #chain: { writer: GroupWriter; folder: string } | undefined
   #chains = 0

@@ -67,17 +67,16 @@ const retention = (rig: FaultRig): Promise<Retention | undefined> => rig.all.sit
 
 /** The journal passes its limit, and the oldest history goes into the mirror, slowly; it has to come to its end. */
 const promotion = async (rig: FaultRig): Promise<AsyncDisposable> => {
-  const before = (await retention(rig))?.from?.id
-  await until('history is promoted', 180_000, async () => {
+  const { toUnixMs } = await until('history is promoted', 180_000, async () => {
     const now = await retention(rig)
-    if (now !== undefined && now.promotion !== null) return true
+    if (now !== undefined && now.promotion !== null) return now.promotion
     const isFilling = now === undefined || now.vms.every(({ journalBytes }) => journalBytes < 2 * PROMOTING.journalLimitBytes)
     if (isFilling) await rig.write(8)
     return undefined
   }, async () => JSON.stringify(await retention(rig)))
   return once(async () => void (await until('the promotion comes to its end', 180_000, async () => {
     const now = await retention(rig)
-    return (now?.promotion === null && now.from !== undefined && now.from.id !== before) || undefined
+    return (now?.from !== undefined && now.from.atUnixMs >= toUnixMs) || undefined
   }, async () => JSON.stringify(await retention(rig)))))
 }
 
