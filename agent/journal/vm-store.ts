@@ -187,13 +187,14 @@ export class VmStore implements AsyncDisposable {
    */
   beginEpoch(disks: readonly DiskEntry[], options: { /** The sender copies disks that come beside checkpoints. */ joins?: boolean } = {}): Promise<EpochAnswer> {
     return this.#attach(async () => {
-      const { disks: known, baseComplete } = this.#state
-      const numbered = await admitDisks(this.directory, known, disks)
-      const admitted = baseComplete && options.joins === true ? withJoining(known, numbered) : numbered
-      if (!this.#state.baseComplete) await checkPreseeds(this.directory, this.#mirrors, admitted)
-      await this.#mirrors.check(admitted)
+      const numbered = await admitDisks(this.directory, this.#state.disks, disks)
+      if (!this.#state.baseComplete) await checkPreseeds(this.directory, this.#mirrors, numbered)
+      await this.#mirrors.check(numbered)
       return async () => {
         await this.#closeDirect()
+        // What was taken until now has become durable: a disk may have joined with it.
+        const { disks: known, baseComplete } = this.#state
+        const admitted = baseComplete && options.joins === true ? withJoining(known, numbered) : numbered
         await this.#file.update((state) => ({ ...withDisks(state, admitted, this.durableSeq), epoch: state.epoch + 1 }))
         await this.#takePreseeds()
         // Every disk has a mirror from its first attach on, so that its number is never given to another one.

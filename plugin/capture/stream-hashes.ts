@@ -22,12 +22,25 @@ export class StreamHashes implements HashSource {
       await this.#until(() => this.#link.up || signal.aborted)
       signal.throwIfAborted()
       try {
-        return await this.#link.askHashes(question)
+        return await orAborted(this.#link.askHashes(question), signal)
       } catch (error) {
+        signal.throwIfAborted()
         if (errorCode(error) !== 'CLOSED') throw error
         // The stream is gone, or going: what was asked is asked again on the next one.
         await new Promise((resolve) => setImmediate(resolve))
       }
     }
+  }
+}
+
+/** The agent may take its time with an answer that nobody wants any more. */
+const orAborted = async <T>(answer: Promise<T>, signal: AbortSignal): Promise<T> => {
+  const { promise: aborted, reject } = Promise.withResolvers<never>()
+  const end = (): void => reject(signal.reason as Error)
+  signal.addEventListener('abort', end, { once: true })
+  try {
+    return await Promise.race([answer, aborted])
+  } finally {
+    signal.removeEventListener('abort', end)
   }
 }

@@ -193,6 +193,8 @@ const withReadExport = async <T>(context: AttachContext, disks: readonly QemuDis
   const { vm, readSocketPath, existingServerPath } = context
   const qmpOptions = { deadlineMs: QMP_DEADLINE_MS }
   const exports = await withQmp(vm.qmpPath, qmpOptions, async (qmp) => {
+    // One that could not be closed at its end.
+    await closeReadExport(qmp, { socketPath: readSocketPath })
     if (rotated) await rotateBitmaps(qmp, disks)
     return openReadExport(qmp, disks, { socketPath: readSocketPath, ...(existingServerPath === undefined ? {} : { existingServerPath }), ...(rotated ? { bitmap: 'rotated' } : {}) })
   })

@@ -75,7 +75,7 @@ export class DiskJoin {
     await coverFromHere(context, whole.disks, lastSeq)
     signal.throwIfAborted()
     await context.worker.ask('joined', { disks: entries.filter(({ key }) => key === disk.key).map((entry) => entry.disk) })
-    signal.throwIfAborted()
+    // Also if something else goes first now: that finds it among those that belong to checkpoints.
     this.#attached = whole
     this.#failed.delete(disk.key)
     onJoined(whole, disk.key)

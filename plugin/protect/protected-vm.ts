@@ -182,7 +182,7 @@ export class ProtectedVm implements AsyncDisposable {
     const { context, disks, entries } = this.#mustCompare()
     const { rateBytesPerSec } = this.#options.settings.verify
     const { joining } = this
-    if (joining !== undefined) throw new CdpError('CONFLICT', `${joining.keys.join(', ')} of VM ${this.vmId} is being copied for the first time`, { retry: true, hint: 'Verify when it belongs to checkpoints; see "pvecdp status".' })
+    if (joining !== undefined && joining.failed === undefined) throw new CdpError('CONFLICT', `${joining.keys.join(', ')} of VM ${this.vmId} is being copied for the first time`, { retry: true, hint: 'Verify when it belongs to checkpoints; see "pvecdp status".' })
     const report = await this.#verify.run((options) => this.#line.runLong(() => verifyVm(context, disks, entries, { rateBytesPerSec, ...options })))
     const where = describeRanges(report.differences, entries)
     this.#options.onVerified?.(this.vmId, report, where)
@@ -470,8 +470,10 @@ export class ProtectedVm implements AsyncDisposable {
       this.#dispatch({ on: 'syncBegan', kind: plan.kind, why: plan.why, totalBytes: 0 })
       if (!prover.looked) await this.#lookDrained(prover, vm)
       if (!(await this.#sync(attached, plan, superseded))) return
+      const rotation = await this.#rotationFor(attachNumber, attached, prover)
+      if (superseded()) return
       this.#prover = prover
-      this.#rotation = await this.#rotationFor(attachNumber, attached, prover)
+      this.#rotation = rotation
       this.#arriveFrom(plan)
     } catch (error) {
       if (superseded()) return
@@ -526,7 +528,7 @@ export class ProtectedVm implements AsyncDisposable {
     await retireBitmaps(context, disks, lastSeq)
     this.#retryMs = RETRY_FIRST_MS
     if (plan.kind === 'delta') this.#owedSync = undefined
-    return true
+    return !superseded()
   }
 
   #arriveFrom(plan: SyncPlan): void {
@@ -536,17 +538,19 @@ export class ProtectedVm implements AsyncDisposable {
 
   #arrive(event: VmEvent): void {
     this.#dispatch(event)
+    if (this.#state.is !== 'streaming') return
     if (this.#owedSync !== undefined) return this.#owe(this.#owedSync)
     if (this.#attached !== undefined && this.#attached.joining.length > 0) this.#beginJoin(this.#attached)
   }
 
   /** In step but for disks that came: those follow. */
   #beginJoin(attached: Attached): void {
+    this.#endJoin('it begins anew')
     const join = new DiskJoin({
       attached, rateBytesPerSec: this.#options.settings.syncRateBytesPerSec, line: this.#line,
       onJoining: (joining) => this.#dispatch({ on: 'joining', joining }),
       onJoined: (whole, key) => {
-        this.#attached = whole
+        if (this.#attached?.context === whole.context) this.#attached = whole
         this.#options.onJoined?.(this.vmId, key)
       },
     })

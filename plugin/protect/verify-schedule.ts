@@ -42,7 +42,7 @@ export class VerifySchedule implements Disposable {
     if (this.#busy) return
     this.#busy = true
     try {
-      for (const vm of this.#options.vms()) if (vm.state.is === 'streaming' && vm.state.joining === undefined) await this.#verifyIfDue(vm)
+      for (const vm of this.#options.vms()) if (vm.state.is === 'streaming' && (vm.state.joining === undefined || vm.state.joining.failed !== undefined)) await this.#verifyIfDue(vm)
     } finally {
       this.#busy = false
     }

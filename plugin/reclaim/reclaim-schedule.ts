@@ -67,7 +67,7 @@ export class ReclaimSchedule implements Disposable {
       if (this.#discards.known && this.#discards.fate.reachesStorage && this.#discards.fate.copied !== 'not') return
       for (const vm of this.#options.vms()) {
         if (!isWithin(this.#options.settings, this.#options.now())) return
-        if (vm.state.is === 'streaming' && vm.state.joining === undefined) await this.#reclaimIfDue(vm)
+        if (vm.state.is === 'streaming' && (vm.state.joining === undefined || vm.state.joining.failed !== undefined)) await this.#reclaimIfDue(vm)
       }
     } finally {
       this.#busy = false

@@ -4,7 +4,7 @@ import { GuestAgent } from './guest-agent.ts'
 /** A protected VM, as far as a bracket needs it. */
 export type ReclaimVm = {
   readonly vmId: number
-  readonly state: { is: string; joining?: unknown }
+  readonly state: { is: string; joining?: { failed?: string } }
   suspend(request: { owner: string; reason: string; forMs: number }): Promise<unknown>
   resume(owner: string): Promise<boolean>
 }

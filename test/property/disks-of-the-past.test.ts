@@ -139,7 +139,10 @@ test('a disk that joins is in checkpoints from its record on, also of a store th
     await store.beginEpoch([scsi0], { joins: true })
     expect((await store.beginEpoch([scsi0, scsi1], { joins: true })).disks).toEqual([scsi0, { disk: 2, key: 'scsi1', sizeBytes: 4 * MiB, joining: true }])
     expect((await store.beginEpoch([scsi0, scsi1], { joins: true })).disks).toEqual([scsi0, { disk: 2, key: 'scsi1', sizeBytes: 4 * MiB, joining: true }])
-    await put(site, write(0, 2), write(2, 3), { kind: RecordKind.joined, disk: 2 })
+    // Another attach while what was taken is not durable yet: that the disk has joined counts.
+    store.accept(buildFrame({ firstSeq: seq + 1, epoch: store.epoch, records: [write(0, 2), write(2, 3), { kind: RecordKind.joined, disk: 2 }] }))
+    seq += 3
+    expect((await store.beginEpoch([scsi0, scsi1], { joins: true })).disks).toEqual([scsi0, { disk: 2, key: 'scsi1', sizeBytes: 4 * MiB }])
     await put(site, cut('whole'))
     expect(store.disks).toEqual([scsi0, { ...scsi1, disk: 2 }])
     expect(await shown(site, directory.path, 'whole')).toEqual(whole)
