@@ -150,7 +150,9 @@ test('a disk that joins is in checkpoints from its record on, also of a store th
   }
   // A crash between the journal and vm.json: the record counts.
   const statePath = join(directory.path, 'vms', SITE, '101', 'vm.json')
-  const state = JSON.parse(await readFile(statePath, 'utf8')) as { disks: DiskEntry[]; disksBefore?: unknown[] }
+  const state = JSON.parse(await readFile(statePath, 'utf8')) as { epoch: number; disks: DiskEntry[]; disksBefore?: unknown[] }
+  // As of the attach in which it joined.
+  state.epoch--
   state.disks = [scsi0, { ...scsi1, disk: 2, joining: true }]
   state.disksBefore?.pop()
   await writeFile(statePath, JSON.stringify(state))
